@@ -1,0 +1,85 @@
+"""Hanse: federated learning in which the model travels to the data, and only what a site allows travels back.
+
+Imports go one way: errors, then messages, then pure kernels (aggregation, privacy, compression), then filters and transport, then the cohort.
+On these stand the client, apps and workflows, then jobs, then server and site, then simulation and environments, and last the command line.
+Adapters hang on the rim and are found by entry point; the names below are loaded when they are first used, so `import hanse` is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hanse.aggregation.aggregator import Aggregator as Aggregator
+    from hanse.aggregation.mean import WeightedMean as WeightedMean
+    from hanse.aggregation.server_optimizer import SGD as SGD
+    from hanse.aggregation.server_optimizer import Adagrad as Adagrad
+    from hanse.aggregation.server_optimizer import Adam as Adam
+    from hanse.aggregation.server_optimizer import Yogi as Yogi
+    from hanse.app import App as App
+    from hanse.app import Site as Site
+    from hanse.cohort import Cohort as Cohort
+    from hanse.environments import SimEnv as SimEnv
+    from hanse.environments import resume as resume
+    from hanse.errors import ConfigError as ConfigError
+    from hanse.errors import HanseError as HanseError
+    from hanse.errors import JobFailed as JobFailed
+    from hanse.errors import JobStopped as JobStopped
+    from hanse.errors import TooFewUpdates as TooFewUpdates
+    from hanse.filters import CastTo as CastTo
+    from hanse.filters import ClipNorm as ClipNorm
+    from hanse.filters import Exclude as Exclude
+    from hanse.filters import Filters as Filters
+    from hanse.filters import GaussianNoise as GaussianNoise
+    from hanse.jobs.cyclic import CyclicRecipe as CyclicRecipe
+    from hanse.jobs.evaluate import FedEvalRecipe as FedEvalRecipe
+    from hanse.jobs.fedavg import FedAvgRecipe as FedAvgRecipe
+    from hanse.jobs.fedavg import FedOptRecipe as FedOptRecipe
+    from hanse.jobs.fedavg import FedProxRecipe as FedProxRecipe
+    from hanse.jobs.loading import read_job as read_job
+    from hanse.jobs.recipe import WorkflowRecipe as WorkflowRecipe
+    from hanse.messages.flmodel import FLModel as FLModel
+    from hanse.messages.flmodel import ParamsType as ParamsType
+    from hanse.messages.task import Task as Task
+    from hanse.messages.update import Update as Update
+    from hanse.server.run import Run as Run
+    from hanse.workflows.cyclic import cyclic as cyclic
+    from hanse.workflows.evaluate import cross_site_evaluation as cross_site_evaluation
+    from hanse.workflows.fedavg import fedavg as fedavg
+
+_HOMES = {
+    "aggregation.aggregator": ("Aggregator",),
+    "aggregation.mean": ("WeightedMean",),
+    "aggregation.server_optimizer": ("SGD", "Adagrad", "Adam", "Yogi"),
+    "app": ("App", "Site"),
+    "cohort": ("Cohort",),
+    "environments": ("SimEnv", "resume"),
+    "errors": ("ConfigError", "HanseError", "JobFailed", "JobStopped", "TooFewUpdates"),
+    "filters": ("CastTo", "ClipNorm", "Exclude", "Filters", "GaussianNoise"),
+    "jobs.cyclic": ("CyclicRecipe",),
+    "jobs.evaluate": ("FedEvalRecipe",),
+    "jobs.fedavg": ("FedAvgRecipe", "FedOptRecipe", "FedProxRecipe"),
+    "jobs.loading": ("read_job",),
+    "jobs.recipe": ("WorkflowRecipe",),
+    "messages.flmodel": ("FLModel", "ParamsType"),
+    "messages.task": ("Task",),
+    "messages.update": ("Update",),
+    "server.run": ("Run",),
+    "workflows.cyclic": ("cyclic",),
+    "workflows.evaluate": ("cross_site_evaluation",),
+    "workflows.fedavg": ("fedavg",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'hanse' has no attribute {name!r}")
+    return getattr(import_module(f"hanse.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

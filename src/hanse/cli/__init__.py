@@ -1,0 +1,1 @@
+"""The command `hanse`: each command is a few lines over a public function."""

@@ -1,0 +1,90 @@
+"""`hanse`, the command. What a command needs is imported when it runs, so that `hanse --help` is quick."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hanse.errors import ConfigError, HanseError, JobStopped
+
+app = typer.Typer(
+    name="hanse",
+    help="Federated learning: the model travels to the data, and only what a site allows travels back.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Workers = Annotated[int | None, typer.Option(help="Worker processes; default: one for each core. The result does not depend on it.", min=1)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object a line instead of text.")]
+
+
+@app.command()
+def run(
+    folder: Annotated[Path, typer.Argument(help="A job folder: job.yaml (or .toml, .json), code, model.safetensors.")],
+    sites: Annotated[int, typer.Option(help="How many sites to simulate.", min=1)] = 2,
+    workers: Workers = None,
+    runs: Annotated[Path, typer.Option(help="Where to make the run folder.")] = Path("runs"),
+    json: Json = False,
+) -> None:
+    """Run a job folder, with simulated sites on this machine."""
+    from hanse.environments import SimEnv
+    from hanse.jobs.loading import read_job
+
+    env = SimEnv(num_clients=sites, workers=workers, runs=runs, console="json" if json else "auto")
+    read_job(folder).execute(env)
+
+
+@app.command()
+def resume(
+    folder: Annotated[Path, typer.Argument(help="The run folder of a job that was stopped, crashed or failed.")],
+    workers: Workers = None,
+    json: Json = False,
+) -> None:
+    """Go on with a run from its last commit."""
+    from hanse.environments import resume as resume_run
+
+    resume_run(folder, workers=workers, console="json" if json else "auto")
+
+
+@app.command()
+def show(folder: Annotated[Path, typer.Argument(help="A run folder.")], json: Json = False) -> None:
+    """Say what came of a run: its status, metrics, and where the model is."""
+    from hanse.server.console import replay
+
+    replay(folder, mode="json" if json else "auto")
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Write a run's report.html anew and print its path."""
+    from hanse.server.run import Run
+
+    typer.echo(Run(folder).report())
+
+
+@app.command()
+def version() -> None:
+    """Print the versions of Hanse and of what decides a result's bits."""
+    from hanse.jobs.bundle import versions
+
+    for name, number in versions().items():
+        typer.echo(f"{name} {number}")
+
+
+def main() -> None:
+    """Run the command; an error ends it with one clear text and a status: 2 for wrong input, 130 if it was stopped, else 1."""
+    try:
+        app()
+    except JobStopped:
+        sys.exit(130)
+    except HanseError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Pure kernels that make what travels smaller."""

@@ -1,0 +1,159 @@
+"""Where a recipe runs: `SimEnv`, on this machine."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from hanse.cohort import Cohort
+from hanse.errors import ConfigError
+from hanse.jobs.bundle import digest, digests, job_file, versions
+from hanse.jobs.loading import read_job
+from hanse.jobs.recipe import Recipe
+from hanse.messages.flmodel import FLModel
+from hanse.server.console import Console
+from hanse.server.run import Run
+from hanse.server.run_folder import RunFolder, open_run
+from hanse.server.runner import run_to_end
+from hanse.simulation.engine import SimulatedSites
+from hanse.simulation.roster import NamedSites, NumberedSites
+from hanse.simulation.worker import Staff
+from hanse.transport.courier import Roster
+
+JOB = "job"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimEnv:
+    """Server and sites simulated on this machine: the real workflow, filters and training code, in a few forked processes.
+
+    num_clients: how many sites, named site-1, site-2 and so on. sites: their names, instead.
+    site_config: JSON values for single sites, by name, on top of the recipe's `config`.
+    workers: how many processes; None: one for each core. The result has the same bits for any number.
+    threads: how many each worker computes with. It can change the last bits of a result, so it does not follow the machine.
+    runs: the folder that run folders are made in. resume: a run folder to go on with, after a stop or a crash.
+    console: "auto", "plain", "rich", "json" or "quiet".
+    """
+
+    num_clients: int | None = None
+    sites: Sequence[str] = ()
+    site_config: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    workers: int | None = None
+    threads: int = 1
+    runs: str | Path = "runs"
+    resume: str | Path | None = None
+    console: str = "auto"
+
+    def __post_init__(self) -> None:
+        if (self.num_clients is None) == (not self.sites):
+            raise ConfigError("SimEnv needs either num_clients, a number of sites, or sites, their names")
+        if len(set(self.sites)) < len(self.sites) or not all(name and "/" not in name for name in self.sites):
+            raise ConfigError(f"sites is {list(self.sites)!r}: give each site a name of its own, without /")
+        for name in ("num_clients", "workers", "threads"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"SimEnv has {name}={value!r}: it must be a whole number from 1")
+        if not hasattr(os, "fork"):
+            raise ConfigError("SimEnv forks its workers, which this system cannot: use Linux, macOS, or WSL on Windows")
+        roster = self.roster()
+        for site in self.site_config:
+            try:
+                roster.index(site)
+            except ValueError as error:
+                raise ConfigError(f"site_config names a site that is not there: {error}") from error
+
+    def roster(self) -> Roster:
+        """The sites' names, ranked."""
+        return NumberedSites(self.num_clients) if self.num_clients else NamedSites(self.sites)
+
+    def execute(self, recipe: Recipe) -> Run:
+        """Run the job to its end. Raises JobFailed or JobStopped, which name the run folder, if it does not get there."""
+        roster = self.roster()
+        recipe.check_sites(len(roster))
+        model, framework = recipe.first_model()
+        workers = min(self.workers or os.cpu_count() or 1, len(roster))
+        console = Console(self.console)
+        folder = self._open_folder(recipe, roster, workers, console)
+        restored = folder.resume() if self.resume is not None else None
+        states: Mapping[str, bytes] = {}
+        if restored is not None:
+            model, states = restored
+        staff = Staff(
+            code=recipe.sites_run(),
+            roster=roster,
+            job_id=recipe.name,
+            seed=recipe.seed,
+            filters=recipe.filters,
+            framework=framework,
+            config=recipe.config,
+            site_config=self.site_config,
+            threads=self.threads,
+            logs=str(folder.path / "logs"),
+        )
+
+        async def simulate() -> FLModel:
+            def warn(text: str) -> None:
+                folder.event("message", level="warning", text=text)
+
+            async with SimulatedSites(staff, workers=workers, states=states, warn=warn) as sites:
+                folder.states = lambda: sites.states
+                cohort = Cohort(sites, folder, job_id=recipe.name, seed=recipe.seed, filters=recipe.filters)
+                return await recipe.workflow()(cohort, model)
+
+        folder.event(
+            "start", job=recipe.name, sites=len(roster), workers=workers, rounds=recipe.total_rounds(), seed=recipe.seed, resumed=folder.commits
+        )
+        run_to_end(simulate, folder)
+        return Run(folder.path)
+
+    def _open_folder(self, recipe: Recipe, roster: Roster, workers: int, console: Console) -> RunFolder:
+        path = Path(self.resume) if self.resume is not None else RunFolder.new_path(Path(self.runs), recipe.name)
+        job = path / JOB
+        if self.resume is None:
+            try:
+                recipe.export(job)
+            except ConfigError as error:
+                console.show({"event": "message", "level": "warning", "text": f"{error}. It runs, but cannot be resumed from its folder alone."})
+        facts = open_run(path) if self.resume is not None else self._facts(recipe, roster, job)
+        folder = RunFolder(path, facts | {"workers": workers}, listen=console.show, progress=console.progress)
+        folder.write_facts(status="running", reason="")
+        return folder
+
+    def _facts(self, recipe: Recipe, roster: Roster, job: Path) -> dict[str, Any]:
+        written = digests(job) if job.is_dir() else {}
+        described = {name: value for name, value in asdict(self).items() if name not in ("resume", "runs", "console", "workers")}
+        return {
+            "hanse": versions()["hanse"],
+            "job": {
+                "name": recipe.name,
+                "recipe": recipe.kind,
+                "arguments": recipe.arguments_as_data() if written else {},
+                "digest": digest(job_file(job)) if written else None,
+            },
+            "environment": described,
+            "started": time.time(),
+            "seed": recipe.seed,
+            "sites": list(roster) if len(roster) <= 10_000 else {"count": len(roster)},
+            "rounds": {"done": 0, "total": recipe.total_rounds()},
+            "best": None,
+            "metrics": {},
+            "model": None,
+            "versions": versions(),
+            "digests": written,
+        }
+
+
+def resume(folder: str | Path, *, console: str = "auto", workers: int | None = None) -> Run:
+    """Go on with a run that was stopped, crashed or failed, from its last commit. Raises ConfigError if that cannot be done."""
+    path = Path(folder)
+    facts = open_run(path)
+    if not (path / JOB).is_dir():
+        raise ConfigError(f"{path} holds no job folder: resume it from the program that made it, with SimEnv(resume={str(path)!r})")
+    known = {field.name for field in fields(SimEnv)}
+    described = {name: value for name, value in facts["environment"].items() if name in known}
+    return read_job(path / JOB).execute(SimEnv(**described, workers=workers, resume=path, console=console))
+

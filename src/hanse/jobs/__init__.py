@@ -1,0 +1,1 @@
+"""What is run: recipes, the job folders they are written to, and the runs they give."""

@@ -1,0 +1,185 @@
+"""A job as a folder: `job.yaml` (or .toml, or .json), the code, and the first model. What is written is all that running it needs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import shutil
+import sys
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import blake3
+import msgspec
+import yaml
+
+from hanse.errors import ConfigError
+from hanse.messages.codec import write
+from hanse.messages.flmodel import FLModel
+
+FORMAT = 1
+CODE = "code"
+MODEL = "model.safetensors"
+_VERSIONED = ("hanse", "numpy", "torch", "scikit-learn")
+_PARSERS = {".yaml": yaml.safe_load, ".json": json.loads, ".toml": tomllib.loads}
+
+
+class CodeName(msgspec.Struct, forbid_unknown_fields=True):
+    """Something in the job's code: a file below `code`, and the name it has there."""
+
+    file: str
+    name: str
+
+
+class JobFile(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """What `job.yaml` holds.
+
+    recipe: the kind. arguments: the recipe's own. script or app: what the sites run. workflow: a workflow of the job's own.
+    digests: BLAKE3 of each file; one that does not match is refused. versions: what the job was made with, for the record.
+    """
+
+    name: str
+    recipe: str
+    hanse: int = FORMAT
+    arguments: dict[str, Any] = {}
+    script: str | None = None
+    argv: list[str] = []
+    app: CodeName | None = None
+    workflow: CodeName | None = None
+    model: str | None = None
+    framework: str | None = None
+    config: dict[str, Any] = {}
+    filters: dict[str, list[dict[str, Any]]] = {}
+    seed: int = 0
+    versions: dict[str, str] = {}
+    digests: dict[str, str] = {}
+
+
+class Sources:
+    """The files and folders that become a job's `code`."""
+
+    def __init__(self) -> None:
+        self._paths: dict[str, Path] = {}
+
+    def add(self, path: Path) -> str:
+        """Take in a file or folder; returns its name below `code`. Raises ConfigError if another one has that name."""
+        if self._paths.setdefault(path.name, path.resolve()) != path.resolve():
+            raise ConfigError(f"two different pieces of code are called {path.name!r}: {self._paths[path.name]} and {path}")
+        return path.name
+
+    def add_definition(self, part: object, module: Mapping[str, Any], what: str) -> CodeName:
+        """Take in the file that defines `part` at module level."""
+        name = next((name for name, value in module.items() if value is part), None)
+        file = module.get("__file__")
+        if name is None or file is None:
+            raise ConfigError(f"the {what} is defined in no file at module level: put it in a .py file, so that it can be written into a job folder")
+        return CodeName(self.add(Path(file)), name)
+
+    def copy_to(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        for name, path in self._paths.items():
+            if path.is_dir():
+                shutil.copytree(path, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copyfile(path, folder / name)
+
+
+def write_folder(folder: Path, job: JobFile, sources: Sources, model: FLModel, *, format: str = "yaml") -> None:
+    """Write the job folder, which must not exist yet or be empty; `job` gets the model's place and the digests."""
+    if format not in ("yaml", "json"):
+        raise ConfigError(f"format is {format!r}: a job is written as yaml or json")
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty: a job is written to a folder of its own")
+    sources.copy_to(folder / CODE)
+    if model.params is not None:
+        write(folder / MODEL, model)
+        job.model = MODEL
+    job.digests = digests(folder)
+    plain = msgspec.to_builtins(job)
+    text = json.dumps(plain, indent=2) if format == "json" else yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    (folder / f"job.{format}").write_text(text)
+
+
+def read_folder(folder: Path) -> JobFile:
+    """What a job folder says, its digests checked. Raises ConfigError, naming the file and the place in it, if something is wrong."""
+    path = job_file(folder)
+    try:
+        job = msgspec.convert(_PARSERS[path.suffix](path.read_text()), JobFile)
+    except (ValueError, yaml.YAMLError) as error:  # the errors of msgspec, json and tomllib are ValueErrors
+        raise ConfigError(f"{path}: {error}") from error
+    if job.hanse != FORMAT:
+        raise ConfigError(f"{path} is of format {job.hanse}; this version of Hanse reads {FORMAT}")
+    for name, expected in job.digests.items():
+        file = below(folder, name)
+        if not file.is_file() or digest(file) != expected:
+            raise ConfigError(f"{file} is missing, or not what was exported; if you changed it on purpose, take it out of `digests` in {path.name}")
+    return job
+
+
+def job_file(folder: Path) -> Path:
+    """The folder's job.yaml, job.toml or job.json. Raises ConfigError if there is not exactly one."""
+    found = [path for suffix in _PARSERS if (path := folder / f"job{suffix}").is_file()]
+    if len(found) != 1:
+        raise ConfigError(f"{folder} is no job folder: it must hold one of job.yaml, job.toml and job.json, and has {len(found)}")
+    return found[0]
+
+
+def below(folder: Path, name: str) -> Path:
+    """The path of `name` in `folder`. Raises ConfigError if it leads out of it."""
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise ConfigError(f"the job names {name!r}, which lies outside its folder")
+    return path
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """The digest of every file in a folder, by its path there."""
+    return {path.relative_to(folder).as_posix(): digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def digest(path: Path) -> str:
+    """BLAKE3 of a file, as `blake3:` and 64 hexadecimal digits."""
+    return f"blake3:{blake3.blake3(max_threads=blake3.blake3.AUTO).update_mmap(path).hexdigest()}"
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of what decides a result's bits, where it is installed."""
+    found = {"python": platform.python_version()}
+    for package in _VERSIONED:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def import_name(code: Path, where: CodeName) -> Any:
+    """What the job's own code calls by that name. Raises ConfigError if it is not there."""
+    module = _import_file(below(code, where.file))
+    if not hasattr(module, where.name):
+        raise ConfigError(f"{code / where.file} has nothing called {where.name!r}")
+    return getattr(module, where.name)
+
+
+def _import_file(path: Path) -> ModuleType:
+    """The job's own code, imported under a name of its own; its folder is put on the path, so that files import their neighbours."""
+    name = f"hanse_job_{blake3.blake3(str(path).encode()).hexdigest(8)}_{path.stem}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise ConfigError(f"{path} is no Python file")
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

@@ -1,0 +1,53 @@
+"""`FLModel`, the one carrier of parameters, metrics and metadata, both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from hanse.errors import ConfigError
+
+
+class ParamsType(StrEnum):
+    """Whether `params` are the parameters themselves or a difference from those of the task."""
+
+    FULL = "FULL"
+    DIFF = "DIFF"
+
+
+@dataclass(slots=True)
+class FLModel:
+    """Named arrays with what is said about them.
+
+    params: names to arrays (NumPy, or the trainer's own tensors until they are sent). Nested dictionaries, lists, numbers, strings,
+        bytes and None travel too: see `hanse.messages.params`. None where there are no parameters yet, as in round 0 without a first model.
+    params_type: FULL, the parameters; DIFF, what to add to those the task brought.
+    optimizer_params: the server optimizer's moments, so that a restarted job goes on with the same bits; not sent to sites.
+    metrics: names to numbers.
+    start_round, current_round, total_rounds: rounds count from 0; `current_round` is None before the first.
+    meta: JSON values. Known keys: `examples` and `steps`, the weights of an update.
+    """
+
+    params: Any = None
+    params_type: ParamsType = ParamsType.FULL
+    optimizer_params: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    start_round: int = 0
+    current_round: int | None = None
+    total_rounds: int | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        try:
+            self.params_type = ParamsType(self.params_type or ParamsType.FULL)
+        except ValueError:
+            raise ConfigError(f"params_type is {self.params_type!r}: it must be FULL or DIFF") from None
+        self.optimizer_params = {} if self.optimizer_params is None else self.optimizer_params
+        self.metrics = {} if self.metrics is None else self.metrics
+        self.meta = {} if self.meta is None else self.meta
+        if not isinstance(self.metrics, Mapping):
+            raise ConfigError(f"metrics is a {type(self.metrics).__name__}: it must map names to numbers")
+        if not isinstance(self.meta, Mapping):
+            raise ConfigError(f"meta is a {type(self.meta).__name__}: it must map names to JSON values")

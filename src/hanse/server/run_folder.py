@@ -1,0 +1,163 @@
+"""A job's run folder: what happened, what was committed, and what is left at the end. It is a `Journal`, so a cohort writes to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from hanse.cohort import Best
+from hanse.errors import ConfigError, NotInstalled
+from hanse.messages.codec import read, write
+from hanse.messages.flmodel import FLModel
+from hanse.server.report import write_report
+
+RUN, EVENTS, COMMIT, MODEL, BEST = "run.json", "metrics.jsonl", "commit.safetensors", "model.safetensors", "best.safetensors"
+States = Mapping[str, bytes]
+
+
+class RunFolder:
+    """Writes one run. Events are written out with each commit, so the folder always tells of committed rounds, and of an end.
+
+    A commit is one file, `commit.safetensors`, replaced in one step: the model with the server optimizer's moments, how many commits there were, the best
+    so far, the sites' states, and how long `metrics.jsonl` was. It survives `kill -9` of the process, though not a loss of power.
+    """
+
+    def __init__(
+        self, path: Path, facts: Mapping[str, Any], *, listen: Callable[[dict[str, Any]], None], progress: Callable[[int, int, int], None]
+    ) -> None:
+        self.path = path
+        self.facts = dict(facts)
+        self.commits = 0
+        self.best: Best | None = None
+        self.states: Callable[[], States] = dict
+        """Gives the sites' states, as frames, at the time of a commit."""
+        self._listen = listen
+        self._progress = progress
+        self._pending: list[str] = []
+        self._round = 0
+
+    @staticmethod
+    def new_path(root: Path, name: str) -> Path:
+        """A folder for the next run of this job, made now: `root/name-001`, and so on."""
+        root.mkdir(parents=True, exist_ok=True)
+        number = 1 + max(
+            (int(tail) for path in root.glob(f"{name}-*") if (tail := path.name.removeprefix(f"{name}-")).isdecimal()), default=0
+        )
+        while True:
+            path = root / f"{name}-{number:03d}"
+            try:
+                path.mkdir()
+                return path
+            except FileExistsError:
+                number += 1
+
+    # what a cohort writes
+
+    def event(self, kind: str, /, **facts: Any) -> None:
+        event = {"event": kind, **facts}
+        if "round" in facts:
+            self._round = facts["round"]
+        if kind in ("start", "round", "end"):
+            event["time"] = time.time()
+        self._pending.append(json.dumps(event, default=_scalar) + "\n")
+        self._listen(event)
+
+    def progress(self, done: int, asked: int) -> None:
+        self._progress(self._round, done, asked)
+
+    def commit(self, model: FLModel) -> None:
+        written = self._write_events()
+        states = self.states()
+        fields = {
+            "commits": self.commits + 1,
+            "best": None if self.best is None else asdict(self.best),
+            "events": written,
+        }
+        tree = {"model": model.params, "states": dict(states)}
+        write(self.path / COMMIT, replace(model, params=tree), fields)
+        self.commits += 1
+        rounds = {"done": (model.current_round or 0) + 1, "total": model.total_rounds}
+        self.write_facts(rounds=rounds, metrics=dict(model.metrics), best=fields["best"])
+
+    def keep_best(self, model: FLModel, best: Best) -> None:
+        if model.params is not None:
+            write(self.path / BEST, replace(model, optimizer_params={}, meta=dict(model.meta)))
+        self.best = best
+
+    # what the runner does
+
+    def resume(self) -> tuple[FLModel, States] | None:
+        """Go back to the last commit: its model and the sites' states. Events of later, unfinished rounds are dropped. None if there was no commit."""
+        if not (self.path / COMMIT).is_file():
+            (self.path / EVENTS).unlink(missing_ok=True)
+            return None
+        model, fields = read(self.path / COMMIT)
+        self.commits = fields["commits"]
+        self.best = None if fields["best"] is None else Best(**fields["best"])
+        os.truncate(self.path / EVENTS, fields["events"])
+        tree = model.params
+        return replace(model, params=tree["model"]), tree["states"]
+
+    def write_facts(self, **facts: Any) -> None:
+        """Change `run.json`, in one step."""
+        self.facts |= facts
+        temporary = self.path / f".{RUN}"
+        temporary.write_text(json.dumps(self.facts, indent=2, default=_scalar) + "\n")
+        temporary.replace(self.path / RUN)
+
+    def finish(self, status: str, reason: str = "") -> None:
+        """Write what is left to write: the last committed model, all events, the status, the report; then tell the listener."""
+        if (self.path / COMMIT).is_file():
+            model = read(self.path / COMMIT)[0]
+            write(self.path / MODEL, replace(model, params=model.params["model"], optimizer_params={}))
+            self.facts["model"] = MODEL
+            if status == "completed":
+                (self.path / COMMIT).unlink()
+        end = {"event": "end", "time": time.time(), "status": status, "reason": reason}
+        self._pending.append(json.dumps(end) + "\n")
+        self._write_events()
+        self.write_facts(status=status, reason=reason, ended=end["time"])
+        self._listen(end | self._closing(status))
+
+    def _closing(self, status: str) -> dict[str, Any]:
+        """Where things are, for the last lines."""
+        here = os.path.relpath(self.path)
+        place = Path(here if len(here) < len(str(self.path)) else self.path)
+        model = self.facts.get("model")
+        closing = {"folder": str(place), "model": model and str(place / model), "best": self.facts.get("best")}
+        if status != "completed":
+            closing["resume"] = f"hanse resume {place}"
+        try:
+            write_report(self.path)
+            closing["report"] = str(place / "report.html")
+        except NotInstalled as error:
+            closing["report"] = str(error)
+        return closing
+
+    def _write_events(self) -> int:
+        """Append the pending events; returns the file's length."""
+        with (self.path / EVENTS).open("a") as file:
+            file.writelines(self._pending)
+            self._pending.clear()
+            file.flush()
+            return file.tell()
+
+
+def open_run(path: Path) -> dict[str, Any]:
+    """The facts of a run that can be gone on with. Raises ConfigError if it cannot."""
+    if not (path / RUN).is_file():
+        raise ConfigError(f"{path} is no run folder: it has no {RUN}")
+    facts = dict(json.loads((path / RUN).read_text()))
+    if facts["status"] == "completed":
+        raise ConfigError(f"{path} is complete: there is nothing to go on with")
+    return facts
+
+
+def _scalar(value: Any) -> Any:
+    """NumPy's numbers as Python's; anything else by its text."""
+    return value.item() if hasattr(value, "item") and getattr(value, "size", 1) == 1 else str(value)

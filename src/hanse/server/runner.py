@@ -1,0 +1,75 @@
+"""Runs one job's workflow to its end, and sees to it that the run folder says how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+import traceback
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from hanse.errors import HanseError, JobFailed, JobStopped
+from hanse.server.run_folder import RunFolder
+
+
+def run_to_end(job: Callable[[], Awaitable[object]], folder: RunFolder) -> None:
+    """Run `job` on an event loop of its own. Ctrl-C and SIGTERM stop it at once.
+
+    Raises JobFailed, or JobStopped, once the run folder is complete.
+    """
+    name = folder.facts["job"]["name"]
+    try:
+        _on_a_loop(job)
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        done, total = folder.facts["rounds"]["done"], folder.facts["rounds"]["total"]
+        reason = f"stopped after {done} of {total} rounds"
+        folder.finish("stopped", reason)
+        raise JobStopped(f"job {name!r} was {reason}.", folder=str(folder.path), hint=f"Go on with: hanse resume {folder.path}") from None
+    except HanseError as error:
+        folder.finish("failed", str(error))
+        raise JobFailed(f"job {name!r} failed: {error}", folder=str(folder.path)) from error
+    except Exception as error:
+        folder.event("message", level="error", text=traceback.format_exc())
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__}: {error} ({Path(at.filename).name}, line {at.lineno})"
+        folder.finish("failed", reason)
+        raise JobFailed(f"job {name!r} failed: {reason}", folder=str(folder.path)) from error
+    folder.finish("completed")
+
+
+def _on_a_loop(job: Callable[[], Awaitable[object]]) -> None:
+    """Run to the end, in this thread if it has no loop yet (a notebook's has), and pass on what stops it."""
+
+    async def main() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        running.append((asyncio.get_running_loop(), task))
+        if threading.current_thread() is threading.main_thread():
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        await job()
+
+    running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[None]]] = []
+    if asyncio._get_running_loop() is None:
+        asyncio.run(main())
+        return
+
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            asyncio.run(main())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="hanse-job")
+    thread.start()
+    try:
+        thread.join()
+    except KeyboardInterrupt:
+        loop, task = running[0]
+        loop.call_soon_threadsafe(task.cancel)
+        thread.join()
+        raise
+    if errors:
+        raise errors[0]

@@ -1,0 +1,332 @@
+"""The simulator's courier: a few forked worker processes that run all sites, replaced when they die."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hanse.aggregation.aggregator import Aggregator
+from hanse.site.script import Ending, Script
+from hanse.cohort import GROUPS, fold_group
+from hanse.errors import Failure, LinkBroken
+from hanse.jobs.parts import describe_part
+from hanse.messages.codec import decode, decode_update, encode_task
+from hanse.messages.flmodel import FLModel
+from hanse.messages.update import Update
+from hanse.simulation.worker import Begin, Close, Closed, Done, End, Run, Staff, decode_answer, encode_order, serve, settle_in
+from hanse.transport.courier import Ask, Folded
+from hanse.transport.memory import Body, MemoryLink, Received, SharedBody, map_shared
+
+TRIES = 3
+"""So many times a group of sites is run whose worker dies before it is given up."""
+AHEAD = 4
+"""Partial sums that wait for an earlier group: at most this many for each worker."""
+CLOSE_WITHIN_S = 10.0
+
+
+@dataclass(eq=False)
+class _Order:
+    """One piece of work: a group of one ask. `lane` is the only worker that may do it, where sites live in their worker."""
+
+    asking: _Asking
+    group: int
+    sites: tuple[str, ...]
+    lane: int | None
+    fold: dict[str, Any] | None
+    tries: int = 0
+
+
+@dataclass(eq=False)
+class _Asking:
+    """One ask under way: what came back and waits to be taken, and which groups are through."""
+
+    ask: Ask
+    number: int
+    body: SharedBody
+    results: asyncio.Queue[tuple[int, tuple[Update, ...], Body | None]] = field(default_factory=asyncio.Queue)
+    told: set[int] = field(default_factory=set)
+    through: set[int] = field(default_factory=set)
+    head: int = 0
+
+    def done_with(self, group: int) -> None:
+        self.through.add(group)
+        while self.head in self.through:
+            self.head += 1
+
+
+@dataclass(eq=False)
+class _Worker:
+    pid: int
+    link: MemoryLink
+    orders: deque[_Order] = field(default_factory=deque)
+    closed: asyncio.Future[tuple[Ending, ...]] | None = None
+
+
+class SimulatedSites:
+    """Carries tasks to sites that live in `workers` forked processes. Enter it, and its workers are there; leave it, and they are gone.
+
+    A worker that dies is replaced and its sites' tasks run again, from the state the sites had before, so the result has the same bits.
+    Scripts stay in their worker, since their variables live there; functions run wherever there is room.
+    """
+
+    def __init__(self, staff: Staff, *, workers: int, states: Mapping[str, bytes] | None = None, warn: Callable[[str], None] = print) -> None:
+        self.roster = staff.roster
+        self._staff = staff
+        self._count = workers
+        self._warn = warn
+        self._lanes = isinstance(staff.code, Script)
+        self._workers: list[_Worker] = []
+        self._orders: list[deque[_Order]] = [deque() for _ in range(workers + 1)]  # by lane, the last for any worker
+        self._asks = 0
+        self._active: set[_Asking] = set()
+        self.states: dict[str, bytes] = dict(states or {})
+        """What each site keeps across rounds, as frames, after the last task it did."""
+
+    async def __aenter__(self) -> SimulatedSites:
+        for slot in range(self._count):
+            self._workers.append(self._fork(slot))
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                await self._close_gently()
+        finally:
+            for worker in self._workers:
+                self._end(worker)
+            self._workers = []
+
+    @property
+    def pids(self) -> list[int]:
+        """The workers' process ids."""
+        return [worker.pid for worker in self._workers]
+
+    async def ask(self, ask: Ask) -> AsyncGenerator[Update, None]:
+        """See `Courier.ask`. Each update's arrays are shared memory of their own, freed with them."""
+        asking = self._begin(ask, [(site,) for site in ask.sites], fold=None)
+        try:
+            for _ in ask.sites:
+                group, updates, _body = await asking.results.get()
+                asking.done_with(group)
+                self._dispatch()
+                yield updates[0]
+        finally:
+            self._finish(asking)
+
+    async def fold(self, ask: Ask, aggregator: Aggregator) -> AsyncGenerator[Folded, None]:
+        """See `Courier.fold`. Aggregators that are registered run in the workers; any other one gets its updates here."""
+        description = describe_part("aggregators", aggregator)
+        if description is None:
+            async for folded in self._fold_here(ask, aggregator):
+                yield folded
+            return
+        asking = self._begin(ask, list(ask.groups), fold=description)
+        try:
+            for _ in ask.groups:
+                group, updates, body = await asking.results.get()
+                partial = None if body is None else decode(body.buffer)[0]
+                yield Folded(group, partial, updates, lambda group=group, body=body: self._through(asking, group, body))  # type: ignore[misc]
+        finally:
+            self._finish(asking)
+
+    async def _fold_here(self, ask: Ask, aggregator: Aggregator) -> AsyncGenerator[Folded, None]:
+        group_of = {site: number for number, group in enumerate(ask.groups) for site in group}
+        arrived: dict[int, dict[str, Update]] = {}
+        async for update in self.ask(ask):
+            number = group_of[update.site]
+            group = arrived.setdefault(number, {})
+            group[update.site] = update
+            if len(group) == len(ask.groups[number]):
+                del arrived[number]
+                ranked = [group[site] for site in ask.groups[number]]
+                partial, light = fold_group(ranked, aggregator, ask.task, self._staff.filters.server_in, self._staff.seed)
+                yield Folded(number, partial, light, lambda: None)
+
+    # the asks
+
+    def _begin(self, ask: Ask, groups: list[tuple[str, ...]], fold: dict[str, Any] | None) -> _Asking:
+        self._asks += 1
+        asking = _Asking(ask, self._asks, SharedBody(encode_task(ask.task)))
+        self._active.add(asking)
+        for number, sites in enumerate(groups):
+            lane = self._lane(sites[0]) if self._lanes else None
+            self._orders[self._count if lane is None else lane].append(_Order(asking, number, sites, lane, fold))
+        self._dispatch()
+        return asking
+
+    def _lane(self, site: str) -> int:
+        """The worker a scripted site lives in: by its group in the roster, so that a group is never split."""
+        total = len(self.roster)
+        return self.roster.index(site) * min(GROUPS, total) // total % self._count
+
+    def _through(self, asking: _Asking, group: int, body: Body | None) -> None:
+        if body is not None:
+            body.release()
+        asking.done_with(group)
+        self._dispatch()
+
+    def _finish(self, asking: _Asking) -> None:
+        """Give up what is still out, by ending the workers that are at it, and let the workers forget the task."""
+        self._active.discard(asking)
+        for orders in self._orders:
+            for order in [order for order in orders if order.asking is asking]:
+                orders.remove(order)
+        for slot, worker in enumerate(self._workers):
+            if any(order.asking is asking for order in worker.orders):
+                self._replace(slot, but=asking)
+            elif slot in asking.told:
+                self._send(slot, End(asking.number))
+        asking.body.close()
+        self._dispatch()
+
+    def _dispatch(self) -> None:
+        """Give every worker something to do, and one thing more while there is plenty, so that none waits for this process."""
+        for depth in (1, 2):
+            for slot, worker in enumerate(self._workers):
+                while len(worker.orders) < depth:
+                    spare = depth == 2 and len(self._orders[-1]) <= self._count
+                    queue = self._orders[slot] or (self._orders[-1] if not spare else ())
+                    if not queue or queue[0].group >= queue[0].asking.head + AHEAD * self._count:
+                        break
+                    order = queue.popleft()  # type: ignore[union-attr]
+                    worker.orders.append(order)
+                    self._give(slot, order)
+
+    def _give(self, slot: int, order: _Order) -> None:
+        asking = order.asking
+        states = {site: self.states[site] for site in order.sites if site in self.states}
+        if slot not in asking.told:
+            asking.told.add(slot)
+            self._send(slot, Begin(asking.number), asking.body)
+        self._send(slot, Run(asking.number, order.group, asking.ask.key, list(order.sites), states, order.fold))
+
+    def _send(self, slot: int, message: Begin | Run | End | Close, body: SharedBody | None = None) -> None:
+        """To a worker that is alive; if it has just died, its link's end will be noticed and its orders given again."""
+        link = self._workers[slot].link
+        try:
+            if body is None:
+                link.send(encode_order(message))
+            else:
+                link.send_shared(encode_order(message), body)
+        except LinkBroken:
+            pass
+
+    # the answers
+
+    def _hear(self, slot: int) -> None:
+        worker = self._workers[slot]
+        try:
+            for received in worker.link.receive_ready():
+                self._take(worker, received)
+        except LinkBroken:
+            self._replace(slot)
+        self._dispatch()
+
+    def _take(self, worker: _Worker, received: Received) -> None:
+        answer = decode_answer(received.message)
+        if isinstance(answer, Closed):
+            if worker.closed is not None:
+                worker.closed.set_result(answer.endings)
+            return
+        order = worker.orders.popleft()
+        self.states |= answer.states
+        updates, body = answer.updates, received.body
+        if order.fold is None:
+            updates, body = (_own_update(received),), None
+        order.asking.results.put_nowait((order.group, updates, body))
+
+    # the workers
+
+    def _fork(self, slot: int) -> _Worker:
+        here, there = MemoryLink.pair()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid == 0:
+            self._be_worker(there, [here, *(worker.link for worker in self._workers)])
+        there.close()
+        asyncio.get_running_loop().add_reader(here.socket, self._hear, slot)
+        return _Worker(pid, here)
+
+    def _be_worker(self, link: MemoryLink, others: list[MemoryLink]) -> None:
+        """In the forked process: never returns."""
+        status = 1
+        try:
+            asyncio._set_running_loop(None)
+            settle_in(self._staff.threads)
+            for other in others:
+                other.close()
+            serve(link, self._staff)
+            status = 0
+        except BaseException as error:
+            sys.excepthook(type(error), error, error.__traceback__)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def _end(self, worker: _Worker) -> int:
+        """Kill a worker, if it is not dead already. Returns its wait status."""
+        asyncio.get_running_loop().remove_reader(worker.link.socket)
+        try:
+            os.kill(worker.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        status = os.waitpid(worker.pid, 0)[1]
+        worker.link.close()
+        return status
+
+    def _replace(self, slot: int, *, but: _Asking | None = None) -> None:
+        """Put a new worker in a dead one's place; its orders run again, save those of the ask `but`, which has been given up."""
+        worker = self._workers[slot]
+        code = os.waitstatus_to_exitcode(self._end(worker))
+        self._workers[slot] = self._fork(slot)
+        why = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        if but is None:
+            self._warn(f"worker process {worker.pid} {why}: a new one takes its place, and what it was at runs again")
+        for asking in self._active:
+            asking.told.discard(slot)
+        for number, order in enumerate(reversed(worker.orders)):
+            if order.asking is but:
+                continue
+            order.tries += but is None and number == len(worker.orders) - 1
+            if order.tries >= TRIES:
+                hint = "Look for what ends the process: memory, a crash in native code, os._exit."
+                failure = Failure("WorkerDied", f"the worker process {why}, {TRIES} times, while this site's group ran.", hint)
+                updates = tuple(Update(site, order.asking.ask.task_id(site), failure=failure) for site in order.sites)
+                order.asking.results.put_nowait((order.group, updates, None))
+            else:
+                self._orders[-1 if order.lane is None else order.lane].appendleft(order)
+
+    async def _close_gently(self) -> None:
+        """Let scripts run to their end, for a while."""
+        if not self._lanes:
+            return
+        loop = asyncio.get_running_loop()
+        for slot, worker in enumerate(self._workers):
+            worker.closed = loop.create_future()
+            self._send(slot, Close())
+        futures = [worker.closed for worker in self._workers if worker.closed is not None]
+        _, late = await asyncio.wait(futures, timeout=CLOSE_WITHIN_S)
+        for future in futures:
+            for ending in () if future in late else future.result():
+                if ending.failure is not None:
+                    self._warn(f"{ending.site}, after the job's end: {ending.failure}")
+        if late:
+            self._warn(f"{len(late)} worker processes did not end their scripts within {CLOSE_WITHIN_S:g} s and were killed")
+
+
+def _own_update(received: Received) -> Update:
+    """A single update, out of memory of its own."""
+    if received.shared is not None:
+        update = decode_update(map_shared(received.shared))
+        os.close(received.shared[0])
+        return update
+    assert received.body is not None
+    return decode_update(received.body.buffer)

@@ -1,0 +1,196 @@
+"""A simulation's worker process: runs any of its sites, one task after another, and folds a group's updates where they are."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import threadpoolctl
+
+from hanse.app import App
+from hanse.site.script import Ending, Script
+from hanse.client.framework import loaded
+from hanse.client.session import SiteInfo
+from hanse.cohort import fold_group
+from hanse.errors import LinkBroken
+from hanse.filters import Filters
+from hanse.jobs.parts import part_of
+from hanse.messages.codec import decode, decode_task, encode, encode_update
+from hanse.messages.flmodel import FLModel
+from hanse.messages.task import Task, TaskId
+from hanse.messages.update import Update
+from hanse.site.runner import SiteRunner
+from hanse.transport.courier import Roster
+from hanse.transport.memory import INLINE_BYTES, MemoryLink, Received, SharedBody, map_shared
+
+_THREAD_SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+
+
+class Begin(msgspec.Struct, tag=True):
+    """Comes with a task as its shared body: runs that name `ask` are of this task."""
+
+    ask: int
+
+
+class Run(msgspec.Struct, tag=True):
+    """Run the task of `ask` at these sites, in this order. `fold` describes the aggregator; without it each update is sent by itself."""
+
+    ask: int
+    group: int
+    key: tuple[str, int, int]
+    sites: list[str]
+    states: dict[str, bytes]
+    fold: dict[str, Any] | None = None
+
+
+class End(msgspec.Struct, tag=True):
+    """No more runs of this ask will come."""
+
+    ask: int
+
+
+class Close(msgspec.Struct, tag=True):
+    """Let the scripts end, then end."""
+
+
+class Done(msgspec.Struct, tag=True):
+    """One run is done. With `fold`, the updates are here without parameters and the body is the partial sum; else the body is the update."""
+
+    ask: int
+    group: int
+    states: dict[str, bytes]
+    updates: tuple[Update, ...] = ()
+
+
+class Closed(msgspec.Struct, tag=True):
+    """The scripts have ended; `endings` says what they still had to say."""
+
+    endings: tuple[Ending, ...]
+
+
+ToWorker = Begin | Run | End | Close
+FromWorker = Done | Closed
+_encode = msgspec.msgpack.Encoder(enc_hook=lambda value: value.item()).encode
+_decode = msgspec.msgpack.Decoder(ToWorker).decode
+decode_answer = msgspec.msgpack.Decoder(FromWorker).decode
+encode_order = _encode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Staff:
+    """What every worker of a simulation is told when it is forked."""
+
+    code: App | Script
+    roster: Roster
+    job_id: str
+    seed: int
+    filters: Filters
+    framework: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    site_config: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    threads: int = 1
+    logs: str = ""
+    """The folder for what sites print, one file a site."""
+
+    def info(self, site: str) -> SiteInfo:
+        config = {**self.config, **self.site_config.get(site, {})}
+        return SiteInfo(site, self.roster.index(site), len(self.roster), self.job_id, self.seed, config)
+
+
+def settle_in(threads: int) -> None:
+    """Make a forked process a worker: die with the parent, leave Ctrl-C to it, and compute with so many threads."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    os.environ.update(dict.fromkeys(_THREAD_SETTINGS, str(threads)))
+    threadpoolctl.threadpool_limits(threads)
+    for adapter in loaded():
+        adapter.limit_threads(threads)
+    gc.freeze()
+
+
+def serve(link: MemoryLink, staff: Staff) -> None:
+    """Do what the engine says until it says Close, or is gone."""
+    runner = SiteRunner(staff.code, filters=staff.filters, framework=staff.framework, sink=_log_to(Path(staff.logs)))
+    tasks: dict[int, _MappedTask] = {}
+    while True:
+        try:
+            received = link.receive()
+        except LinkBroken:
+            return
+        match _decode(received.message):
+            case Begin(ask):
+                tasks[ask] = _MappedTask(received)
+            case Run(ask) as run:
+                _run(link, staff, runner, tasks[ask], run, _states(run, received))
+            case End(ask):
+                tasks.pop(ask).close()
+            case Close():
+                link.send(_encode(Closed(tuple(runner.close()))))
+                return
+
+
+class _MappedTask:
+    """An ask's task, in memory that all workers share."""
+
+    def __init__(self, received: Received) -> None:
+        assert received.shared is not None
+        self._shared = received.shared
+        self.task = decode_task(map_shared(self._shared))
+
+    def private_model(self) -> FLModel:
+        """The task's model in a copy-on-write mapping of its own, for tensors that training code may change."""
+        return decode_task(map_shared(self._shared)).model
+
+    def close(self) -> None:
+        os.close(self._shared[0])
+
+
+def _log_to(folder: Path) -> Callable[[str, str], None]:
+    """What a site prints goes to a file of its own."""
+
+    def write(site: str, line: str) -> None:
+        folder.mkdir(exist_ok=True)
+        with (folder / f"{site}.log").open("a") as file:
+            file.write(line + "\n")
+
+    return write
+
+
+def _states(run: Run, received: Received) -> dict[str, dict[str, Any]]:
+    if received.body is not None:
+        received.body.release()
+    return {site: dict(decode(state)[0].params) for site, state in run.states.items()}
+
+
+def _run(link: MemoryLink, staff: Staff, runner: SiteRunner, mapped: _MappedTask, run: Run, states: dict[str, dict[str, Any]]) -> None:
+    def updates() -> Iterator[Update]:
+        for site in run.sites:
+            state = states.setdefault(site, {})
+            yield runner.run(staff.info(site), mapped.task, TaskId(*run.key, site), state, private=mapped.private_model)
+
+    def after() -> dict[str, bytes]:
+        return {site: b"".join(encode(FLModel(params=state))) for site, state in states.items() if state}
+
+    if run.fold is None:
+        (update,) = updates()
+        message, body = _encode(Done(run.ask, run.group, after())), encode_update(update)
+        if len(message) + sum(memoryview(part).nbytes for part in body) <= INLINE_BYTES:
+            link.send(message, body)
+        else:
+            shared = SharedBody(body)
+            link.send_shared(message, shared)
+            shared.close()
+        return
+    partial, light = fold_group(updates(), part_of("aggregators", run.fold), mapped.task, staff.filters.server_in, staff.seed)
+    link.send(_encode(Done(run.ask, run.group, after(), light)), [] if partial is None else encode(partial))

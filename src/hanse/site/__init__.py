@@ -1,0 +1,1 @@
+"""Runs training code at a site: a task in, an update out, through the site's filters."""

@@ -1,0 +1,165 @@
+"""One task at one site: the model in through the site's filters, training code, the answer out through the site's filters."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from hanse.app import MAX_STATE_BYTES, App, Site
+from hanse.client.framework import from_arrays, load_adapter, map_leaves, seed_all, to_arrays
+from hanse.client.session import SiteInfo
+from hanse.errors import ConfigError
+from hanse.filters import Filters, apply
+from hanse.messages.flmodel import FLModel
+from hanse.messages.task import Task, TaskId
+from hanse.messages.update import Record, Update
+from hanse.seeds import generator, seed_for
+from hanse.site.failure import failure_of
+from hanse.site.output import Output, Sink
+from hanse.site.script import Ending, Script, ScriptHost
+
+
+class SiteRunner:
+    """Runs a job's training code for any number of sites of this process, one at a time, always in the same thread.
+
+    code: functions, or a script. framework: whose tensors the code gets (None: NumPy arrays). sink: takes each line that the code prints.
+
+    What sites share: the arrays of a task. NumPy code gets read-only views of them; a framework's tensors can be written, so each site gets
+    its own, by a copy or as `run` says. What they do not share: random numbers. Every global generator is seeded for site and task before
+    the code runs, so the same task done again, here or in another process, gives the same bits.
+    """
+
+    def __init__(
+        self, code: App | Script, *, filters: Filters | None = None, framework: str | None = None, sink: Sink | None = None
+    ) -> None:
+        self._filters = Filters() if filters is None else filters
+        self._framework = framework
+        self._output = Output(sink)
+        if framework:
+            load_adapter(framework)  # and with it the framework, so that it is seeded for the first site too
+        self._code = code if isinstance(code, App) else ScriptHost(code, self._output)
+
+    def run(
+        self, info: SiteInfo, task: Task, task_id: TaskId, state: dict[str, Any], *, private: Callable[[], FLModel] | None = None
+    ) -> Update:
+        """Do the task as the site that `info` describes. An exception in training code makes an update with a failure.
+
+        state: the site's, of function apps; changed in place if the task succeeds.
+        private: gives the task's model over writable memory that this site has to itself, such as a copy-on-write mapping, so that its
+            arrays become tensors without a copy. Not used where there are `site_in` filters.
+        The update's arrays may share memory with the script's: they are good until the next `run` for the same site, or `close`.
+        """
+        began_s = time.perf_counter()
+        records: list[Record] = []
+        streams = (info.name, task.name, task_id.commit, task_id.index)
+        try:
+            shared = _shared(task.model)
+            reference = _shared(self._filtered("site_in", shared, shared, info, streams))
+            given = self._given(reference, None if self._filters.site_in else private)
+            seed = seed_for(info.seed, "train", *streams)
+            if isinstance(self._code, App):
+                answer = self._call(self._code, info, replace(task, model=given), seed, streams, state, records)
+            else:
+                answer = self._code.perform(info, replace(task, model=given), seed=seed, records=records)
+                answer = _checked(answer, own=False)
+            model = self._filtered("site_out", answer, reference, info, streams)
+        except (Exception, SystemExit) as error:
+            failure, traceback = failure_of(error)
+            seconds = time.perf_counter() - began_s
+            return Update(info.name, task_id, failure=failure, seconds=seconds, records=(*records, traceback))
+        return Update(info.name, task_id, model, seconds=time.perf_counter() - began_s, records=tuple(records))
+
+    def close(self) -> list[Ending]:
+        """The job is over: scripts run to their end. Returns what sites still had to say."""
+        endings = self._code.close() if isinstance(self._code, ScriptHost) else []
+        self._output.close()
+        return endings
+
+    def _given(self, model: FLModel, private: Callable[[], FLModel] | None) -> FLModel:
+        """The model as the code gets it: it may change every container in it."""
+        source = model if private is None or self._framework is None else private()
+        meta, metrics = dict(model.meta), dict(model.metrics)
+        return replace(model, params=from_arrays(source.params, self._framework), meta=meta, metrics=metrics, optimizer_params={})
+
+    def _call(
+        self, app: App, info: SiteInfo, task: Task, seed: int, streams: tuple[object, ...], state: dict[str, Any], records: list[Record]
+    ) -> FLModel:
+        config = {**info.config, **task.config}
+        own = copy.deepcopy(state)
+        site = Site(info.name, info.rank, info.count, info.job_id, config, own, info.seed, ("site", *streams), records)
+        seed_all(seed)
+        with self._output.of(info.name):
+            answer = app.run(task.name, task.model, site)
+        answer = _checked(answer, own=True)
+        after = copy.deepcopy(to_arrays(site.state))
+        _check_state(after)
+        state.clear()
+        state.update(after)
+        return answer
+
+    def _filtered(self, edge: str, model: FLModel, reference: FLModel, info: SiteInfo, streams: tuple[object, ...]) -> FLModel:
+        filters = getattr(self._filters, edge)
+        return apply(filters, model, reference=reference, rng=lambda: generator(info.seed, edge, *streams))
+
+
+def _shared(model: FLModel) -> FLModel:
+    """The same arrays, not to be written."""
+
+    def read_only(leaf: Any) -> Any:
+        if isinstance(leaf, np.ndarray) and leaf.flags.writeable:
+            leaf = leaf.view()
+            leaf.flags.writeable = False
+        return leaf
+
+    return replace(model, params=map_leaves(read_only, model.params))
+
+
+def _checked(answer: FLModel, *, own: bool) -> FLModel:
+    """The answer in arrays and plain numbers. Raises ConfigError for metrics that are no numbers.
+
+    own: give it memory of its own. An app's functions may return the tensors of one model that they use for every site.
+    """
+    params = to_arrays(answer.params)
+    if own:
+        params = map_leaves(lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) and leaf.flags.writeable else leaf, params)
+    metrics = {}
+    for name, value in answer.metrics.items():
+        number = _number(value)
+        if number is None or not isinstance(name, str):
+            raise ConfigError(f"metric {name!r} is a {type(value).__name__}, {value!r:.60}: metrics map names to numbers")
+        metrics[name] = float(number)
+    meta = {name: value if (number := _number(value)) is None else number for name, value in answer.meta.items()}
+    return replace(answer, params=params, metrics=metrics, meta=meta, optimizer_params={})
+
+
+def _number(value: Any) -> int | float | None:
+    """A Python number for any framework's scalar; None for all else."""
+    if not isinstance(value, bool | int | float) and hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+        value = value.item()
+    return value if isinstance(value, bool | int | float) else None
+
+
+def _check_state(state: Mapping[str, Any]) -> None:
+    """Raises ConfigError if a site's state is too large, or holds what is neither JSON nor an array."""
+    array_bytes = 0
+
+    def plain(leaf: Any) -> Any:
+        nonlocal array_bytes
+        if isinstance(leaf, np.ndarray):
+            array_bytes += leaf.nbytes
+            return None
+        return leaf
+
+    try:
+        size_bytes = len(json.dumps(map_leaves(plain, state))) + array_bytes if state else 0
+    except TypeError as error:
+        raise ConfigError(f"site.state holds JSON values and arrays only: {error}") from error
+    if size_bytes > MAX_STATE_BYTES:
+        limit = f"at most {MAX_STATE_BYTES:,} are kept"
+        raise ConfigError(f"site.state has grown to {size_bytes:,} bytes; {limit}. Keep large things in files of the site.")

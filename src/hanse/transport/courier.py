@@ -1,0 +1,60 @@
+"""The seam between a workflow and the way its tasks travel: a courier carries them to sites and brings updates back."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from hanse.aggregation.aggregator import Aggregator
+from hanse.messages.flmodel import FLModel
+from hanse.messages.task import Task, TaskId
+from hanse.messages.update import Update
+
+Roster = Sequence[str]
+"""All sites of a job, ranked by name. May be lazy: a million simulated sites are no million strings."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One task for many sites. `key` is the part of a task's id that its sites share: job, commit, index.
+
+    groups: the asked sites by rank, in the fixed groups that are folded one by one; their order is the canonical order.
+    """
+
+    task: Task
+    key: tuple[str, int, int]
+    groups: tuple[tuple[str, ...], ...]
+
+    def task_id(self, site: str) -> TaskId:
+        return TaskId(*self.key, site)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return tuple(site for group in self.groups for site in group)
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """One group's updates made one partial sum.
+
+    partial: what the group's aggregator gave; None if no site of the group brought a good update. Valid until `release` is called.
+    updates: one for each site of the group, without parameters; those that failed or were rejected carry a failure.
+    """
+
+    group: int
+    partial: FLModel | None
+    updates: tuple[Update, ...]
+    release: Callable[[], None]
+
+
+class Courier(Protocol):
+    """Carries tasks to sites. Closing an iterator early gives up what is still out; nothing of it arrives later."""
+
+    roster: Roster
+
+    def ask(self, ask: Ask) -> AsyncGenerator[Update, None]:
+        """One update for each site, as they come; a site that cannot answer gives an update with a failure."""
+
+    def fold(self, ask: Ask, aggregator: Aggregator) -> AsyncGenerator[Folded, None]:
+        """One `Folded` for each group, as they come, folded where the updates are."""

@@ -1,0 +1,54 @@
+"""Scoring models where the data are: one model at every site, or every site's model at every other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hanse.aggregation.mean import WeightedMean
+from hanse.aggregation.server_optimizer import SGD
+from hanse.cohort import Cohort
+from hanse.messages.flmodel import FLModel
+from hanse.messages.task import EVALUATE, SUBMIT_MODEL, Task
+from hanse.messages.update import Reduced
+
+SERVER = "server"
+"""Under this name the job's own model stands in the table of scores."""
+
+
+async def federated_evaluation(
+    cohort: Cohort, model: FLModel, *, min_updates: int | None = None, within_s: float | None = None
+) -> FLModel:
+    """Every site scores `model` on its own data; the committed metrics are the weighted mean. The model is returned as it came."""
+    async for _ in cohort.rounds(model, 1):
+        scored = await _score(cohort, model, min_updates, within_s)
+        model = await cohort.commit(model, scored.metrics)
+    return model
+
+
+async def cross_site_evaluation(
+    cohort: Cohort, model: FLModel, *, min_updates: int | None = None, within_s: float | None = None
+) -> FLModel:
+    """Every site hands in its own model, and every site scores every one of them, and the job's; each is held only while it is scored.
+
+    The table of scores, model by site, is noted as the event `cross_site`. The job's model is returned with its mean metrics.
+    Raises TooFewUpdates if fewer than `min_updates` sites (default: all) score a model; a site without a model of its own is left out.
+    """
+    async for _ in cohort.rounds(model, 1):
+        own = await _score(cohort, model, min_updates, within_s)
+        table = {SERVER: _by_site(own)}
+        for site in cohort.sites:
+            async for handed_in in cohort.ask(Task(SUBMIT_MODEL, model), of=[site], within_s=within_s, min_updates=0):
+                if handed_in.failure is None:
+                    theirs = SGD().step(model, handed_in.model)
+                    table[site] = _by_site(await _score(cohort, theirs, min_updates, within_s))
+        cohort.event("cross_site", scores=table)
+        model = await cohort.commit(model, own.metrics)
+    return model
+
+
+async def _score(cohort: Cohort, model: FLModel, min_updates: int | None, within_s: float | None) -> Reduced:
+    return await cohort.reduce(Task(EVALUATE, model), WeightedMean(), min_updates=min_updates, within_s=within_s)
+
+
+def _by_site(scored: Reduced) -> dict[str, Mapping[str, float]]:
+    return {update.site: update.model.metrics for update in scored.updates}

@@ -1,0 +1,77 @@
+"""Federated averaging and its kin: they differ in server optimizer, aggregator and what rides in the task, not in the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from hanse.aggregation.aggregator import Aggregator
+from hanse.aggregation.mean import WeightedMean
+from hanse.aggregation.server_optimizer import SGD, ServerOptimizer
+from hanse.cohort import Cohort
+from hanse.messages.flmodel import FLModel
+from hanse.messages.task import EVALUATE, TRAIN, Task
+from hanse.workflows.condition import Condition, Goal
+
+ACCURACY = Goal("max accuracy")
+
+
+async def fedavg(
+    cohort: Cohort,
+    model: FLModel,
+    *,
+    rounds: int,
+    sites_per_round: int | None = None,
+    aggregator: Aggregator | None = None,
+    server_optimizer: ServerOptimizer | None = None,
+    config: Mapping[str, Any] | None = None,
+    evaluate: bool = False,
+    best: Goal = ACCURACY,
+    stop_when: Condition | None = None,
+    min_updates: int | None = None,
+    within_s: float | None = None,
+    grace_s: float | None = None,
+) -> FLModel:
+    """Federated averaging (McMahan et al., AISTATS 2017, Algorithm 1), with a server optimizer (Reddi et al., ICLR 2021, Algorithm 1).
+
+    sites_per_round: drawn anew each round; None asks all.
+    config: rides in each training task, such as FedProx's `proximal_mu`.
+    evaluate: ask all sites, after each round, to evaluate the new model. Without it, the metrics that come with the updates are taken as
+        those of the model the sites received, and the last model is not scored.
+    best, stop_when: which model to keep as the best; when to end early. Both look at the metrics averaged over sites.
+    Raises TooFewUpdates if fewer than `min_updates` sites (default: all that were asked) train in a round.
+    """
+    aggregator = aggregator or WeightedMean()
+    optimizer = server_optimizer or SGD()
+    async for round in cohort.rounds(model, rounds, until=stop_when):
+        reduced = await cohort.reduce(
+            Task(TRAIN, replace(model, current_round=round, total_rounds=rounds), config or {}),
+            aggregator,
+            of=cohort.sample(sites_per_round),
+            min_updates=min_updates,
+            within_s=within_s,
+            grace_s=grace_s,
+        )
+        scored, metrics = model, dict(reduced.metrics)
+        model = optimizer.step(model, reduced.model)
+        if evaluate:
+            scored, metrics = model, metrics | await score(cohort, model, round, rounds, within_s, grace_s, min_updates)
+        await cohort.keep_best(scored, metrics, best.metric, lowest=best.lowest)
+        model = await cohort.commit(model, metrics)
+    return model
+
+
+async def score(
+    cohort: Cohort,
+    model: FLModel,
+    round: int,
+    rounds: int,
+    within_s: float | None = None,
+    grace_s: float | None = None,
+    min_updates: int | None = None,
+) -> Mapping[str, float]:
+    """The model's metrics, averaged over the sites' own data."""
+    task = Task(EVALUATE, replace(model, current_round=round, total_rounds=rounds))
+    reduced = await cohort.reduce(task, WeightedMean(), within_s=within_s, grace_s=grace_s, min_updates=min_updates)
+    return reduced.metrics
