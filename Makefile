@@ -23,8 +23,8 @@ install: .venv/installed ## make .venv, with all that the other commands need
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
-demo: install ## federate handwritten digits among sites on this machine; ends with a table and a report
-	$(BIN)/python examples/digits/job.py
+demo: install ## federate pictures of clothes among eight sites on this machine; ends with a table and a report
+	$(BIN)/python examples/demo/job.py
 
 test: install ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -99,7 +99,7 @@ def test_clip_of_a_short_change_keeps_the_bits():
 
 
 def test_clip_of_a_full_model_needs_the_reference():
-    with pytest.raises(ConfigError, match="tensor 'body.w'"):
+    with pytest.raises(ConfigError, match=r"tensor 'body\.w'"):
         run(ClipNorm(1.0), FLModel(params()))
 
 

@@ -1,8 +1,9 @@
 """Hanse: federated learning in which the model travels to the data, and only what a site allows travels back.
 
-Imports go one way: errors, then messages, then pure kernels (aggregation, privacy, compression), then filters and transport, then the cohort.
-On these stand the client, apps and workflows, then jobs, then server and site, then simulation and environments, and last the command line.
-Adapters hang on the rim and are found by entry point; the names below are loaded when they are first used, so `import hanse` is quick.
+Imports go one way: errors, then messages, then pure kernels (aggregation, privacy, compression), then filters and transport, then the
+cohort. On these stand the client, apps and workflows, then jobs, then server and site, then simulation and environments, and last the
+command line. Adapters hang on the rim and are found by entry point; the names below are loaded when they are first used, so `import
+hanse` is quick.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = sorted(_HOME_OF)  # noqa: PLE0605
+__all__ = sorted(_HOME_OF)
 
 
 def __getattr__(name: str) -> Any:

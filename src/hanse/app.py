@@ -1,15 +1,15 @@
 """The function form of training code: an `App` whose functions take the model and the site, and return an answer.
 
-    app = App()
+app = App()
 
-    @app.train
-    def train(model: FLModel, site: Site) -> FLModel:
-        ...
-        return FLModel(params=new_params, metrics={"loss": loss}, meta={"examples": len(data)})
+@app.train
+def train(model: FLModel, site: Site) -> FLModel:
+    ...
+    return FLModel(params=new_params, metrics={"loss": loss}, meta={"examples": len(data)})
 
-    @app.evaluate
-    def evaluate(model: FLModel, site: Site) -> dict[str, float]:
-        return {"accuracy": accuracy}
+@app.evaluate
+def evaluate(model: FLModel, site: Site) -> dict[str, float]:
+    return {"accuracy": accuracy}
 """
 
 from __future__ import annotations

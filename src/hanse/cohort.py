@@ -100,9 +100,7 @@ class Cohort:
         rng = generator(self._seed, "sample", self._journal.commits, self._draws)
         return tuple(self.sites[rank] for rank in sorted(rng.choice(total, count, replace=False).tolist()))
 
-    async def rounds(
-        self, model: FLModel, total: int, *, until: Callable[[Mapping[str, float]], bool] | None = None
-    ) -> AsyncIterator[int]:
+    async def rounds(self, model: FLModel, total: int, *, until: Callable[[Mapping[str, float]], bool] | None = None) -> AsyncIterator[int]:
         """The numbers of the rounds still to do, from 0: a restarted job goes on after `model.current_round`.
 
         until: asked with the last commit's metrics before each round; True ends the rounds early.
@@ -158,8 +156,8 @@ class Cohort:
     ) -> Reduced:
         """Give `task` to the sites in `of` and combine their updates, in the same order and to the same bits whatever arrives first.
 
-        The updates are folded where they are (in a simulation's worker, on a relay), in fixed groups of sites; where there is a deadline each
-        site is a group of its own. Arguments and errors are those of `ask`.
+        The updates are folded where they are (in a simulation's worker, on a relay), in fixed groups of sites; where there is a deadline
+        each site is a group of its own. Arguments and errors are those of `ask`.
         """
         ask = self._prepare(task, of, single=within_s is not None or grace_s is not None)
         tally = _Tally(ask.sites, min_updates)
@@ -237,13 +235,13 @@ class Cohort:
         except ValueError as error:
             raise ConfigError(f"task {task.name!r} asks a site that is not in the job: {error}") from error
         if not sites or len(ranks) < len(sites):
-            raise ConfigError(f"task {task.name!r} asks {len(sites)} sites, {len(ranks)} of them different: ask each site once, and at least one")
+            raise ConfigError(
+                f"task {task.name!r} asks {len(sites)} sites, {len(ranks)} of them different: ask each site once, and at least one"
+            )
         key = (self._job_id, self._journal.commits, self._asks)
         self._asks += 1
         model = replace(task.model, optimizer_params={})
-        sent = apply_filters(
-            self._filters.server_out, model, reference=model, rng=lambda: generator(self._seed, "server_out", *key)
-        )
+        sent = apply_filters(self._filters.server_out, model, reference=model, rng=lambda: generator(self._seed, "server_out", *key))
         groups = group_by_rank(ranks, len(self.sites), single=single)
         return Ask(replace(task, model=sent), key, groups)
 

@@ -105,7 +105,13 @@ class SimEnv:
                 return await recipe.workflow()(cohort, model)
 
         folder.event(
-            "start", job=recipe.name, sites=len(roster), workers=workers, rounds=recipe.total_rounds(), seed=recipe.seed, resumed=folder.commits
+            "start",
+            job=recipe.name,
+            sites=len(roster),
+            workers=workers,
+            rounds=recipe.total_rounds(),
+            seed=recipe.seed,
+            resumed=folder.commits,
         )
         run_to_end(simulate, folder)
         return Run(folder.path)
@@ -117,7 +123,9 @@ class SimEnv:
             try:
                 recipe.export(job)
             except ConfigError as error:
-                console.show({"event": "message", "level": "warning", "text": f"{error}. It runs, but cannot be resumed from its folder alone."})
+                console.show(
+                    {"event": "message", "level": "warning", "text": f"{error}. It runs, but cannot be resumed from its folder alone."}
+                )
         facts = open_run(path) if self.resume is not None else self._facts(recipe, roster, job)
         folder = RunFolder(path, facts | {"workers": workers}, listen=console.show, progress=console.progress)
         folder.write_facts(status="running", reason="")
@@ -156,4 +164,3 @@ def resume(folder: str | Path, *, console: str = "auto", workers: int | None = N
     known = {field.name for field in fields(SimEnv)}
     described = {name: value for name, value in facts["environment"].items() if name in known}
     return read_job(path / JOB).execute(SimEnv(**described, workers=workers, resume=path, console=console))
-

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from hanse.aggregation.mean import excluded_names
 from hanse.compression.cast import cast, dtype_named, is_float
 from hanse.errors import ConfigError
 from hanse.messages.flmodel import FLModel, ParamsType
@@ -62,7 +63,7 @@ class Exclude:
         return replace(
             model,
             params={name: array for name, array in arrays.items() if name not in excluded},
-            meta={**model.meta, "excluded": sorted(excluded.union(model.meta.get("excluded", ())))},
+            meta={**model.meta, "excluded": sorted(excluded | excluded_names(model, "Exclude"))},
         )
 
 

@@ -286,10 +286,11 @@ def test_large_finite_numbers_are_no_reason_to_reject():
 def test_a_sum_that_overflows_is_an_error_and_not_an_inf():
     aggregator = WeightedMean()
     for site in "ab":
-        aggregator.add(update(site, {"w": array(3e38)}))
+        aggregator.add(update(site, {"v": array(1), "w": array(3e38)}))
     assert aggregator.fold() == {}
-    with pytest.raises(UpdateRejected, match="tensor 'w' overflows float32"):
-        aggregator.result()
+    for _ in range(2):
+        with pytest.raises(UpdateRejected, match="tensor 'w' over site 'a' and the others overflows float32"):
+            aggregator.result()
 
 
 def test_units_must_agree():
@@ -401,9 +402,21 @@ def test_a_failure_is_no_update():
         WeightedMean().add(Update("a", TaskId("job", 0, 0, "a"), failure=Failure("ValueError", "no data")))
 
 
-def test_a_metric_that_is_no_number():
-    with pytest.raises(UpdateRejected, match="site 'a', round 3: metric 'loss' is 'low'"):
-        WeightedMean().add(update("a", None, metrics={"loss": "low"}))
+@pytest.mark.parametrize("bad", ["low", None, 10**400])
+def test_a_metric_that_is_no_number(bad):
+    with pytest.raises(UpdateRejected, match="site 'a', round 3: metric 'loss' is "):
+        WeightedMean().add(update("a", None, metrics={"loss": bad}))
+
+
+def test_metrics_too_large_for_a_sum_are_left_out():
+    updates = [update(site, None, metrics={"loss": 1.7e308, "accuracy": 0.5}) for site in "ab"]
+    assert combined(WeightedMean(), updates).metrics == {"accuracy": 0.5}
+
+
+@pytest.mark.parametrize("bad", ["w", 5, [5], [["w"]], {"w": 1}])
+def test_excluded_that_is_no_list_of_names(bad):
+    with pytest.raises(UpdateRejected, match=r"site 'a', round 3: meta\["):
+        WeightedMean().add(update("a", {"w": array(1)}, meta={"excluded": bad}))
 
 
 @pytest.mark.parametrize("arguments", [{"by": "size"}, {"by": {"a": 0}}, {"by": {"a": math.inf}}, {"threads": 0}])

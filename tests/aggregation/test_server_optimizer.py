@@ -91,7 +91,7 @@ def test_inputs_stay_and_form_dtypes_rounds_and_meta_are_the_models(optimizer):
         }
     )
     for _ in range(2):
-        copies = [np.copy(params["net"][0]), {name: np.copy(value) for name, value in before.optimizer_params.items()}]
+        copies = [np.copy(before.params["net"][0]), {name: np.copy(value) for name, value in before.optimizer_params.items()}]
         after = optimizer.step(before, mean)
         assert_array_equal(before.params["net"][0], copies[0])
         for name, value in copies[1].items():

@@ -308,9 +308,11 @@ def test_metrics_keep_every_bit(value):
 
 def test_what_holds_a_number_may_be_a_metric():
     metrics = {"np": np.float32(0.5), "int": np.int64(2**60 + 1), "array": np.array(0.25), "torch": torch.tensor(0.75)}
-    back = codec.decode(frame_of(FLModel(metrics=metrics, meta={"examples": np.int64(3)})))[0]
+    meta = {"examples": np.int64(3), "balanced": np.bool_(True), "kind": ParamsType.DIFF}
+    back = codec.decode(frame_of(FLModel(metrics=metrics, meta=meta)))[0]
     assert back.metrics == {"np": 0.5, "int": 2**60 + 1, "array": 0.25, "torch": 0.75}
-    assert back.meta == {"examples": 3}
+    assert back.meta == {"examples": 3, "balanced": True, "kind": "DIFF"}
+    assert [type(value) for value in back.meta.values()] == [int, bool, str]
 
 
 LOOP: dict[str, object] = {}
@@ -332,6 +334,8 @@ LOOP["self"] = LOOP
         (FLModel(meta={"a": 10**5000}), "no JSON form"),
         (FLModel({"\ud800": np.zeros(1)}), "no JSON form"),
         (FLModel({"__metadata__": np.zeros(1)}), "__metadata__"),
+        (FLModel(meta={"took": np.timedelta64(5, "ns")}), r"meta\.took"),
+        (FLModel(optimizer_params=[np.zeros(1)]), "optimizer_params"),
         (FLModel(current_round="3"), "current_round"),
         (FLModel(start_round=0.5), "start_round"),
         (FLModel({"w": torch.zeros(1)}), "'w'"),

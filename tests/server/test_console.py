@@ -56,6 +56,10 @@ def test_one_line_a_round() -> None:
     ]
 
 
+def test_a_resumed_run_says_from_where() -> None:
+    assert printed([START | {"resumed": 3}]).endswith("seed 0, resumed after 3 commits\n")
+
+
 def test_a_round_stays_in_eighty_columns() -> None:
     (line,) = printed([committed(**{f"metric_number_{index}": 0.5 for index in range(9)})]).splitlines()
     assert len(line) <= 80
@@ -240,7 +244,7 @@ def test_a_terminal_without_colours_is_respected() -> None:
 
 
 def test_rich_is_loaded_only_for_a_terminal() -> None:
-    code = "import sys\nfrom hanse.server.console import Console; Console().show({'event': 'end'})\nprint('rich' in sys.modules, file=sys.stderr)"
+    code = "import sys, hanse.server.console as c\nc.Console().show({'event': 'end'})\nprint('rich' in sys.modules, file=sys.stderr)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr == "False\n"
 
 

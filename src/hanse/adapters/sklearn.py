@@ -13,6 +13,9 @@ from hanse.errors import ConfigError
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 
+_NOT_LEARNED = ("_", "n_", "singular_")  # private; counters; what only tells of the site's data, in a shape that hangs on its size
+
+
 class SklearnAdapter:
     """See `hanse.client.framework.Adapter`. scikit-learn computes with NumPy's arrays, so that there is nothing to turn."""
 
@@ -47,8 +50,8 @@ def params_of(estimator: BaseEstimator) -> dict[str, Any] | None:
     """What `fit` learned, by attribute: every public attribute ending in "_" that is a numeric array, a list of such, or a float.
 
     That is `coef_`, `intercept_` and `classes_` of a linear model, `theta_`, `var_` and `class_prior_` of naive Bayes, `coefs_` of a
-    multi-layer perceptron. Arrays share the estimator's memory; a float is an array of shape (). Counters (integers) and string classes are
-    left out: keep them at the site. None if the estimator is not fitted.
+    multi-layer perceptron. Arrays share the estimator's memory; a float is an array of shape (). Integers, `n_…_`, `singular_` and string
+    classes are left out: they stay at the site. None if the estimator is not fitted.
     """
     if not isinstance(estimator, BaseEstimator):
         raise ConfigError(f"a {type(estimator).__name__} is no scikit-learn estimator: give one, or named arrays")
@@ -73,7 +76,8 @@ def set_params_of(estimator: BaseEstimator, params: Mapping[str, Any]) -> None:
 
 
 def _is_learned(name: str, value: Any) -> bool:
-    return name.endswith("_") and not name.startswith("_") and (isinstance(value, float) or _is_numeric(value))
+    public = name.endswith("_") and not name.startswith(_NOT_LEARNED)
+    return public and (isinstance(value, float) or _is_numeric(value))
 
 
 def _is_numeric(value: Any) -> bool:

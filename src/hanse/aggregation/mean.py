@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal, NamedTuple, Self
 
+import ml_dtypes  # noqa: F401, without it np.dtype("bfloat16") is not known
 import numpy as np
 
 from hanse.errors import ConfigError, UpdateRejected
@@ -81,13 +82,13 @@ class WeightedMean:
         if update.site in self._sites:
             raise UpdateRejected(f"{where}: an update of this site is counted already.", hint="Add one update a site and round.")
         unit, weight = self._weight(update, where)
-        term = _Term(update.site, where, unit, model.params_type, weight=weight, metrics=_finite_metrics(model, where))
+        term = _Term(update.site, where, unit, model.params_type, weight=weight, metrics=_usable_metrics(model, weight, where))
         if model.params is not None:
             term.arrays, term.structure = flatten(model.params)
             term.kinds = _kinds(term.arrays, term.structure)
-            term.excluded = frozenset(model.meta.get("excluded", ()))
+            term.excluded = excluded_names(model, where)
             for name, kind in term.kinds.items():
-                if _sum_dtype(kind.dtype) is None:
+                if sum_dtype(kind.dtype) is None:
                     raise UpdateRejected(
                         f"{where}: tensor {name!r} has dtype {kind.dtype.name}, of which there is no mean.",
                         hint="Leave it out with the filter Exclude.",
@@ -171,7 +172,9 @@ class WeightedMean:
         params = None
         if self._sums and self._round.form is not None:
             form = self._round.form
-            arrays = {name: self._mean(name, kind) for name, kind in form.kinds.items() if name in self._sums}
+            for name in self._sums:
+                self._divide(name)
+            arrays = {name: _as_kind(self._sums.pop(name), kind) for name, kind in form.kinds.items() if name in self._sums}
             params = unflatten(arrays, form.structure) if len(arrays) == len(form.kinds) else arrays
         metrics = {name: total / weight for name, (total, weight) in self._metrics.items()}
         self._result = FLModel(params=params, params_type=self._round.params_type or ParamsType.FULL, metrics=metrics)
@@ -210,43 +213,44 @@ class WeightedMean:
 
     def _sum(self, terms: Sequence[_Term]) -> bool:
         """Add the terms to the running sums, in their order. False if a sum that starts here is not finite; all are added even so."""
-        jobs: list[tuple[Array, list[tuple[Any, Array]], bool]] = []
+        finite = True
         for name in dict.fromkeys(name for term in terms for name in term.arrays):
             starts = name not in self._sums
             if starts:
                 kind = self._round.kinds[name]
-                self._sums[name] = np.empty(math.prod(kind.shape), _sum_dtype(kind.dtype))
+                self._sums[name] = np.empty(math.prod(kind.shape), sum_dtype(kind.dtype))
             total = self._sums[name]
             real = total.real.dtype.type
             parts = [(real(term.weight), term.arrays[name].reshape(-1)) for term in terms if name in term.arrays]
-            for piece in _pieces(total, PIECE):
-                jobs.append((total[piece], [(weight, array[piece]) for weight, array in parts], starts))
-        return self._share(_add, jobs)
+            jobs = [(total[piece], [(weight, array[piece]) for weight, array in parts], starts) for piece in _pieces(total, PIECE)]
+            finite = self._share(_add, jobs) and finite
+        return finite
 
-    def _mean(self, name: str, kind: _Kind) -> Array:
-        """The running sum of `name` divided by its weight, in place, in the dtype and shape of `kind`."""
-        total, weight = self._sums.pop(name), self._weights[name]
-        jobs = [(total[piece], total.real.dtype.type(weight)) for piece in _pieces(total, PIECE)]
+    def _divide(self, name: str) -> None:
+        """Make the running sum of `name` its mean, in place."""
+        total = self._sums[name]
+        weight = total.real.dtype.type(self._weights[name])
+        jobs = [(total[piece], weight) for piece in _pieces(total, PIECE)]
         if not self._share(_divide, jobs):
             raise UpdateRejected(
-                f"round of site {self._round.site!r}: the weighted sum of tensor {name!r} overflows {total.dtype}.",
+                f"the weighted sum of tensor {name!r} over site {self._round.site!r} and the others overflows {total.dtype}.",
                 hint="Each update is finite, but its numbers times its weight are too large: use smaller weights, or clip.",
             )
-        if kind.dtype.kind == "b":
-            total = total >= 0.5
-        elif kind.dtype.kind in "iu":
-            least, greatest = np.iinfo(kind.dtype).min, np.iinfo(kind.dtype).max
-            if float(greatest) > greatest:  # 2**63 is a float64, 2**63 - 1 is not
-                greatest = int(np.nextafter(float(greatest), 0))
-            total = np.clip(np.rint(total), least, greatest)
-        return total.astype(kind.dtype, copy=False).reshape(kind.shape)
 
     def _share(self, function: Callable[..., bool], jobs: Sequence[tuple[Any, ...]]) -> bool:
         """Whether `function` is true of all jobs; does all of them, on several threads if that is worth it."""
         if self.threads == 1 or sum(job[0].size for job in jobs) <= PIECE:
-            return min([function(*job) for job in jobs], default=True)
+            return all([function(*job) for job in jobs])  # a list, so that none is left undone
         with ThreadPoolExecutor(self.threads) as pool:
-            return min(pool.map(lambda job: function(*job), jobs))
+            return all(pool.map(lambda job: function(*job), jobs))
+
+
+def excluded_names(model: FLModel, where: str) -> frozenset[str]:
+    """The names in `meta["excluded"]`, of tensors left out on purpose. Raises UpdateRejected, beginning with `where`, if it is no list."""
+    names = model.meta.get("excluded", [])
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise UpdateRejected(f'{where}: meta["excluded"] is {names!r:.80}.', hint="It must be a list of tensor names.")
+    return frozenset(names)
 
 
 class _Kind(NamedTuple):
@@ -366,14 +370,15 @@ def _is_weight(value: object) -> bool:
     return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool) and bool(LEAST <= value <= GREATEST)
 
 
-def _finite_metrics(model: FLModel, where: str) -> dict[str, float]:
+def _usable_metrics(model: FLModel, weight: float, where: str) -> dict[str, float]:
+    """The metrics whose weighted sum over any number of sites is a finite float64."""
     metrics = {}
     for name, value in model.metrics.items():
         try:
             metrics[name] = float(value)
-        except (TypeError, ValueError):
-            raise UpdateRejected(f"{where}: metric {name!r} is {value!r}.", hint="It must be a number.") from None
-    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+        except (TypeError, ValueError, OverflowError):
+            raise UpdateRejected(f"{where}: metric {name!r} is {value!r:.80}.", hint="It must be a number.") from None
+    return {name: value for name, value in metrics.items() if abs(value) * weight < 1e300}
 
 
 def _is_float(dtype: np.dtype[Any]) -> bool:
@@ -385,7 +390,7 @@ def _is_narrower_float(dtype: np.dtype[Any], than: np.dtype[Any]) -> bool:
 
 
 @cache
-def _sum_dtype(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
+def sum_dtype(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
     """The dtype in which tensors of `dtype` are summed; None if they are no numbers."""
     if _is_float(dtype):
         return np.dtype(np.float32 if dtype.itemsize <= 4 else np.float64)
@@ -428,6 +433,18 @@ def _divide(total: Array, weight: Any) -> bool:
             np.divide(total[block], weight, out=total[block])
             finite = _is_finite(total[block]) and finite
     return finite
+
+
+def _as_kind(mean: Array, kind: _Kind) -> Array:
+    """`mean`, shape (elements,), in the dtype and shape of `kind`; not copied if it has that dtype."""
+    if kind.dtype.kind == "b":
+        mean = mean >= 0.5
+    elif kind.dtype.kind in "iu":
+        least, greatest = np.iinfo(kind.dtype).min, np.iinfo(kind.dtype).max
+        if float(greatest) > greatest:  # 2**63 is a float64, 2**63 - 1 is not
+            greatest = int(np.nextafter(float(greatest), 0))
+        mean = np.clip(np.rint(mean), least, greatest)
+    return mean.astype(kind.dtype, copy=False).reshape(kind.shape)
 
 
 def _not_finite(arrays: Mapping[str, Array]) -> str | None:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from hanse.aggregation.mean import sum_dtype
 from hanse.errors import ConfigError
 from hanse.messages.flmodel import FLModel, ParamsType
 from hanse.messages.params import flatten, unflatten
@@ -155,7 +156,7 @@ def _step(model: FLModel, mean: FLModel, rule: Rule | None) -> FLModel:
     new = dict(old)
     for name, value in means.items():
         weights = old[name]
-        dtype = _arithmetic_dtype(weights.dtype)
+        dtype = None if weights.dtype.kind in "iub" else sum_dtype(weights.dtype)
         if dtype is None or (rule is None and is_full):
             adds = not is_full and weights.dtype.kind in "iu"
             new[name] = np.asarray(weights + value) if adds else value
@@ -170,15 +171,6 @@ def _step(model: FLModel, mean: FLModel, rule: Rule | None) -> FLModel:
             state |= {f"{key}/{name}": np.asarray(array) for key, array in moments.items()}
         new[name] = np.asarray(wide + delta).astype(weights.dtype, copy=False)
     return replace(model, params=unflatten(new, structure), params_type=ParamsType.FULL, optimizer_params=state)
-
-
-def _arithmetic_dtype(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
-    """float32 for it and narrower floats, itself for wider ones and complex, None where there is no gradient."""
-    if dtype.kind == "c":
-        return dtype
-    if not dtype.name.startswith(("float", "bfloat")):  # ml_dtypes' floats have kind V
-        return None
-    return np.dtype(np.float32) if dtype.itemsize < 4 else dtype
 
 
 def _check_positive(**values: float) -> None:

@@ -53,9 +53,9 @@ def resume(
 @app.command()
 def show(folder: Annotated[Path, typer.Argument(help="A run folder.")], json: Json = False) -> None:
     """Say what came of a run: its status, metrics, and where the model is."""
-    from hanse.server.console import replay
+    from hanse.server.run import Run
 
-    replay(folder, mode="json" if json else "auto")
+    Run(folder).show("json" if json else "auto")
 
 
 @app.command()

@@ -21,6 +21,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hanse.client.framework import number
 from hanse.client.session import Session, entered
 from hanse.client.standalone import StandaloneSession
 from hanse.errors import ConfigError
@@ -171,7 +172,7 @@ def log(key: str, value: Any, data_type: object = "SCALAR", **kwargs: Any) -> No
     session = _current().session
     step = kwargs.get("global_step")
     for name, one, kind in _spread(key, value, str(getattr(data_type, "name", data_type)).upper()):
-        session.record(Record(name, _plain(one, kind), None if step is None else int(step), kind))
+        session.record(Record(name, _plain(name, one, kind), None if step is None else int(step), kind))
 
 
 def shutdown() -> None:
@@ -261,16 +262,11 @@ def _spread(key: str, value: Any, data_type: str) -> list[tuple[str, Any, str]]:
     return [(f"{prefix}{name}", one, kind) for name, one in value.items()]
 
 
-def _plain(value: Any, kind: str) -> Any:
+def _plain(key: str, value: Any, kind: str) -> Any:
     """A JSON value: a number for a scalar, text for what has no other form."""
-    if isinstance(value, bool | int | float | str) and type(value).__module__ == "builtins":
-        plain: Any = value
-    else:
-        plain = value.item() if hasattr(value, "item") and getattr(value, "size", 1) in (1, ()) else value
-        plain = plain if isinstance(plain, bool | int | float) else str(plain)
+    plain = number(value)
     if kind != "scalar":
-        return plain
-    try:
-        return float(plain)
-    except ValueError:
-        raise ConfigError(f"log: {value!r} is no number") from None
+        return str(value) if plain is None else plain
+    if plain is None:
+        raise ConfigError(f"log({key!r}): a {type(value).__name__}, {value!r:.60}, is no number")
+    return float(plain)

@@ -6,6 +6,7 @@ or one of its bases, comes from module `torch` is given to the adapter `torch`.
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from collections.abc import Callable, Mapping
@@ -117,6 +118,13 @@ def map_leaves(change: Callable[[Any], Any], params: Any) -> Any:
     if isinstance(params, tuple):
         return tuple([map_leaves(change, leaf) for leaf in params])
     return change(params)
+
+
+def number(value: object) -> int | float | None:
+    """A plain Python number for a scalar of any framework, an array or tensor with one element; None for all else."""
+    if hasattr(value, "item") and math.prod(getattr(value, "shape", (0,))) == 1:
+        value = value.item()
+    return value if isinstance(value, bool | int | float) else None
 
 
 def seed_all(seed: int) -> None:

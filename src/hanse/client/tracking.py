@@ -1,6 +1,6 @@
 """Writers that look like TensorBoard's, MLflow's and Weights & Biases' own. What they are given goes to the job's server.
 
-    from hanse.client.tracking import SummaryWriter         # in place of torch.utils.tensorboard
+from hanse.client.tracking import SummaryWriter         # in place of torch.utils.tensorboard
 """
 
 from __future__ import annotations

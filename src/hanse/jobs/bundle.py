@@ -9,7 +9,7 @@ import platform
 import shutil
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,7 +26,7 @@ FORMAT = 1
 CODE = "code"
 MODEL = "model.safetensors"
 _VERSIONED = ("hanse", "numpy", "torch", "scikit-learn")
-_PARSERS = {".yaml": yaml.safe_load, ".json": json.loads, ".toml": tomllib.loads}
+_PARSERS: Mapping[str, Callable[[str], Any]] = {".yaml": yaml.safe_load, ".json": json.loads, ".toml": tomllib.loads}
 
 
 class CodeName(msgspec.Struct, forbid_unknown_fields=True):
@@ -77,7 +77,9 @@ class Sources:
         name = next((name for name, value in module.items() if value is part), None)
         file = module.get("__file__")
         if name is None or file is None:
-            raise ConfigError(f"the {what} is defined in no file at module level: put it in a .py file, so that it can be written into a job folder")
+            raise ConfigError(
+                f"the {what} is defined in no file at module level: put it in a .py file, so that it can be written into a job folder"
+            )
         return CodeName(self.add(Path(file)), name)
 
     def copy_to(self, folder: Path) -> None:
@@ -117,7 +119,9 @@ def read_folder(folder: Path) -> JobFile:
     for name, expected in job.digests.items():
         file = below(folder, name)
         if not file.is_file() or digest(file) != expected:
-            raise ConfigError(f"{file} is missing, or not what was exported; if you changed it on purpose, take it out of `digests` in {path.name}")
+            raise ConfigError(
+                f"{file} is missing, or not what was exported; if you changed it on purpose, take it out of `digests` in {path.name}"
+            )
     return job
 
 

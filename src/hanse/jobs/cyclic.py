@@ -16,7 +16,8 @@ from hanse.workflows.cyclic import Order, cyclic
 class CyclicRecipe(Recipe):
     """Cyclic weight transfer (Chang et al., JAMIA 2018): the model goes from site to site and is trained at each.
 
-    rounds: how often it goes round. order: "fixed", by name, or "random", shuffled anew each round. min_updates: how many sites must train in a round
+    rounds: how often it goes round. order: "fixed", by name, or "random", shuffled anew each round. min_updates: how many sites must
+        train in a round
     (None: all). within_s: seconds for one site. evaluate, best, stop_when: as in FedAvgRecipe; the best is kept only with `evaluate`.
     """
 

@@ -15,7 +15,8 @@ from hanse.workflows.evaluate import cross_site_evaluation, federated_evaluation
 class FedEvalRecipe(Recipe):
     """Every site scores the model on its own data; nothing is trained.
 
-    cross_site: also ask each site for a model of its own (task `submit_model`) and have every site score every one: a table of models by sites.
+    cross_site: also ask each site for a model of its own (task `submit_model`) and have every site score every one: a table of models by
+        sites.
     min_updates: how many sites must score a model (None: all). within_s: seconds for one round of scoring.
     """
 

@@ -19,12 +19,14 @@ class FedAvgRecipe(Recipe):
     """Federated averaging (McMahan et al., AISTATS 2017): sites train, the server averages, round after round.
 
     rounds: how many. sites_per_round: drawn anew each round; None asks all.
-    min_updates: how many sites must train in a round; None: all that were asked. A site that fails is reported, and the round goes on while enough are left.
+    min_updates: how many sites must train in a round; None: all that were asked. A site that fails is reported, and the round goes on
+        while enough are left.
     within_s, grace_s: seconds for a round, and for stragglers once there are enough updates; None: no end.
     aggregator: how updates are combined; `WeightedMean("steps")` weighs by steps, `WeightedMean({"site-1": 2.0, …})` as given.
-    evaluate: whether all sites score each new model; None: if the app has `@app.evaluate`. Without it, the metrics sent with the updates count,
-        as those of the model the sites received.
-    best: which model is kept as the best, such as "max accuracy" or "min loss". stop_when: a condition that ends the job early, such as "accuracy >= 0.95".
+    evaluate: whether all sites score each new model; None: if the app has `@app.evaluate`. Without it, the metrics sent with the updates
+        count, as those of the model the sites received.
+    best: which model is kept as the best, such as "max accuracy" or "min loss". stop_when: a condition that ends the job early, such as
+        "accuracy >= 0.95".
     """
 
     kind: ClassVar[str] = "fedavg"
@@ -42,7 +44,12 @@ class FedAvgRecipe(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive(
-            self, rounds=self.rounds, sites_per_round=self.sites_per_round, min_updates=self.min_updates, within_s=self.within_s, grace_s=self.grace_s
+            self,
+            rounds=self.rounds,
+            sites_per_round=self.sites_per_round,
+            min_updates=self.min_updates,
+            within_s=self.within_s,
+            grace_s=self.grace_s,
         )
         self._arguments()
 
@@ -67,7 +74,8 @@ class FedAvgRecipe(Recipe):
 class FedProxRecipe(FedAvgRecipe):
     """FedProx (Li et al., MLSys 2020): FedAvg whose sites add mu/2 · ‖w − w_t‖² to their loss.
 
-    mu: rides to the sites as `proximal_mu` in their config; the training code adds the term, with `hanse.adapters.torch.proximal_term` for PyTorch.
+    mu: rides to the sites as `proximal_mu` in their config; the training code adds the term, with `hanse.adapters.torch.proximal_term`
+        for PyTorch.
     """
 
     kind: ClassVar[str] = "fedprox"
@@ -84,7 +92,9 @@ class FedProxRecipe(FedAvgRecipe):
 
 @dataclass(frozen=True, kw_only=True)
 class FedOptRecipe(FedAvgRecipe):
-    """Federated averaging with an optimizer at the server (Reddi et al., ICLR 2021): FedAdam, FedYogi, FedAdagrad, or FedAvgM with `SGD(momentum=0.9)`."""
+    """Federated averaging with an optimizer at the server (Reddi et al., ICLR 2021): FedAdam, FedYogi, FedAdagrad, or FedAvgM with
+    `SGD(momentum=0.9)`.
+    """
 
     kind: ClassVar[str] = "fedopt"
 

@@ -1,7 +1,7 @@
 """Parts of a job that a file can describe: aggregators, server optimizers, filters, recipes, each registered under a short name.
 
-A part is described by its kind and its constructor's arguments, which it keeps under the same names. Kinds are entry points, so another package's
-parts are found as ours are, and a job file never names a class.
+A part is described by its kind and its constructor's arguments, which it keeps under the same names. Kinds are entry points, so another
+package's parts are found as ours are, and a job file never names a class.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import msgspec
 
 from hanse.app import App
-from hanse.site.script import Script
 from hanse.client.framework import params_of, to_arrays
+from hanse.client.script import Script
 from hanse.cohort import Cohort
 from hanse.errors import ConfigError
 from hanse.filters import Filters
@@ -38,8 +38,8 @@ class Recipe:
     """What every job has. Raises ConfigError at once if something is wrong with it.
 
     name: of the job; letters, digits, - and _.
-    model: the first model, taken by its parameters only: a `torch.nn.Module`, a fitted scikit-learn estimator, named arrays, an FLModel, the path
-        of a `.safetensors` file, or None if the sites bring it. The parameters are read when the job is executed or exported.
+    model: the first model, taken by its parameters only: a `torch.nn.Module`, a fitted scikit-learn estimator, named arrays, an FLModel,
+        the path of a `.safetensors` file, or None if the sites bring it. The parameters are read when the job is executed or exported.
     framework: whose tensors the sites get, such as "torch"; None: that of `model`, and arrays if it has none.
     app or script: what the sites run: an `App`, or the path of a script that uses `hanse.client`, with its arguments `argv`.
     code: further files and folders that the sites' code or the workflow imports; they are put beside it.

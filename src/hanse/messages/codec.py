@@ -19,6 +19,7 @@ import math
 import mmap
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -120,6 +121,8 @@ def _layout(model: FLModel, fields: Mapping[str, Json], schema: Any) -> tuple[by
         "fields": fields,
     }
     about = {name: _plain(value, name) if name != "params" else value for name, value in about.items()}
+    if not isinstance(model.optimizer_params, Mapping):
+        raise ConfigError(f"optimizer_params is a {type(model.optimizer_params).__name__}: it must be a mapping")
     if model.optimizer_params:
         moments, about["optimizer_params"] = flatten(model.optimizer_params)
         about["optimizer_prefix"] = prefix = _free_prefix(arrays)
@@ -204,11 +207,14 @@ def _plain(value: Any, path: str, depth: int = 0) -> Json:
         return {str.__str__(key): _plain(item, f"{path}.{key}", depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item, f"{path}[{index}]", depth + 1) for index, item in enumerate(value)]
-    if isinstance(value, np.generic):
-        value = value.item()
-    for kind in (str, int, float):
-        if isinstance(value, kind):
-            return getattr(kind, f"__{kind.__name__}__")(value)
+    if isinstance(value, np.generic) and value.dtype.kind in "biufU" and type(value.item()) in _JSON_SCALARS:
+        return value.item()
+    if isinstance(value, str):  # subclasses, such as those of enum
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
     raise ConfigError(f"{path}: a {type(value).__module__}.{type(value).__name__} is not a JSON value. Send arrays in params.")
 
 
@@ -226,13 +232,13 @@ def _number(value: Any, name: str) -> float:
 # ---------------------------------------------------------------------------------------------------------------------------- reading
 
 
-def decode(buffer: Buffer, *, max_header_bytes: int = MAX_HEADER_BYTES) -> tuple[FLModel, dict[str, Json]]:
-    """The model and the fields in a whole frame. Its arrays are read-only views into `buffer` and keep it alive.
+def decode(buffer: Buffer, *, max_header_bytes: int = MAX_HEADER_BYTES, writable: bool = False) -> tuple[FLModel, dict[str, Json]]:
+    """The model and the fields in a whole frame. Its arrays are views into `buffer` and keep it alive; read-only, unless `writable`.
 
     Frames of other safetensors writers are read too: their tensors become the params, their metadata is left out.
     Raises WireError, naming the offset. The offset of what is wrong with a tensor is that of its name in the header.
     """
-    view = memoryview(buffer).toreadonly().cast("B")
+    view = (memoryview(buffer) if writable else memoryview(buffer).toreadonly()).cast("B")
     size = _header_bytes(view[:_LENGTH_BYTES], max_header_bytes)
     base = _LENGTH_BYTES + size
     if len(view) < base:
@@ -474,8 +480,7 @@ class _Duplicate(ValueError):
 def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _Duplicate(next(name for name in names if names.count(name) > 1))
+        raise _Duplicate(Counter(name for name, _ in pairs).most_common(1)[0][0])
     return found
 
 

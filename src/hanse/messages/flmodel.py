@@ -44,9 +44,9 @@ class FLModel:
             self.params_type = ParamsType(self.params_type or ParamsType.FULL)
         except ValueError:
             raise ConfigError(f"params_type is {self.params_type!r}: it must be FULL or DIFF") from None
-        self.optimizer_params = {} if self.optimizer_params is None else self.optimizer_params
-        self.metrics = {} if self.metrics is None else self.metrics
-        self.meta = {} if self.meta is None else self.meta
+        for name in ("optimizer_params", "metrics", "meta"):
+            if getattr(self, name) is None:
+                setattr(self, name, {})
         if not isinstance(self.metrics, Mapping):
             raise ConfigError(f"metrics is a {type(self.metrics).__name__}: it must map names to numbers")
         if not isinstance(self.meta, Mapping):

@@ -21,7 +21,7 @@ class TaskId(NamedTuple):
 
     job: str
     commit: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which no task id needs
     site: str
 
     def __str__(self) -> str:

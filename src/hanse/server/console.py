@@ -100,6 +100,7 @@ class Console:
         facts = [plural(int(event.get("sites") or 0), "site")]
         facts += [plural(event[name], name.removesuffix("s")) for name in ("workers", "rounds") if event.get(name)]
         facts += [f"seed {event['seed']}"] if event.get("seed") is not None else []
+        facts += [f"resumed after {plural(event['resumed'], 'commit')}"] if event.get("resumed") else []
         self._print((one_line(str(event.get("job", "job")), 40), "bold"), (": " + ", ".join(facts), ""))
 
     def _failure(self, event: Event) -> None:

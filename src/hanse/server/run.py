@@ -10,7 +10,8 @@ from typing import Any
 from hanse.errors import ConfigError
 from hanse.messages.codec import read
 from hanse.messages.flmodel import FLModel
-from hanse.server.report import write_report
+from hanse.server.console import Console
+from hanse.server.report import read_events, write_report
 
 
 class Run:
@@ -45,12 +46,18 @@ class Run:
 
     def events(self, kind: str) -> Sequence[Mapping[str, Any]]:
         """All that was noted under one kind of event, such as `update`, `failure` or `record`."""
-        with (self.folder / "metrics.jsonl").open() as lines:
-            return [event for event in map(json.loads, lines) if event["event"] == kind]
+        return [event for event in read_events(self.folder / "metrics.jsonl") if event["event"] == kind]
 
     def report(self) -> Path:
         """Write `report.html` anew and return its path. Raises NotInstalled without the extra `report`."""
         return write_report(self.folder)
+
+    def show(self, console: str = "auto") -> None:
+        """Print what came of the job, as it was printed when it ran. `console`: "auto", "plain", "rich", "json" or "quiet"."""
+        screen, facts = Console(console), self.facts
+        closing = {"folder": str(self.folder), "model": facts["model"] and str(self.folder / facts["model"]), "best": facts["best"]}
+        for event in read_events(self.folder / "metrics.jsonl"):
+            screen.show({**event, **closing} if event["event"] == "end" else event)
 
     def _model(self, name: str) -> FLModel:
         path = self.folder / name

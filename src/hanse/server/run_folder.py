@@ -23,8 +23,9 @@ States = Mapping[str, bytes]
 class RunFolder:
     """Writes one run. Events are written out with each commit, so the folder always tells of committed rounds, and of an end.
 
-    A commit is one file, `commit.safetensors`, replaced in one step: the model with the server optimizer's moments, how many commits there were, the best
-    so far, the sites' states, and how long `metrics.jsonl` was. It survives `kill -9` of the process, though not a loss of power.
+    A commit is one file, `commit.safetensors`, replaced in one step: the model with the server optimizer's moments, how many commits
+    there were, the best so far, the sites' states, and how long `metrics.jsonl` was. It survives `kill -9` of the process, though not a
+    loss of power.
     """
 
     def __init__(
@@ -92,7 +93,9 @@ class RunFolder:
     # what the runner does
 
     def resume(self) -> tuple[FLModel, States] | None:
-        """Go back to the last commit: its model and the sites' states. Events of later, unfinished rounds are dropped. None if there was no commit."""
+        """Go back to the last commit: its model and the sites' states. Events of later, unfinished rounds are dropped. None if there was
+        no commit.
+        """
         if not (self.path / COMMIT).is_file():
             (self.path / EVENTS).unlink(missing_ok=True)
             return None

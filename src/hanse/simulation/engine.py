@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from hanse.aggregation.aggregator import Aggregator
-from hanse.site.script import Ending, Script
+from hanse.client.script import Script
 from hanse.cohort import GROUPS, fold_group
 from hanse.errors import Failure, LinkBroken
 from hanse.jobs.parts import describe_part
 from hanse.messages.codec import decode, decode_update, encode_task
-from hanse.messages.flmodel import FLModel
 from hanse.messages.update import Update
-from hanse.simulation.worker import Begin, Close, Closed, Done, End, Run, Staff, decode_answer, encode_order, serve, settle_in
+from hanse.simulation.worker import Begin, Close, Closed, End, Run, Staff, decode_answer, encode_order, serve, settle_in
+from hanse.site.script import Ending
 from hanse.transport.courier import Ask, Folded
 from hanse.transport.memory import Body, MemoryLink, Received, SharedBody, map_shared
 
@@ -75,7 +77,9 @@ class SimulatedSites:
     Scripts stay in their worker, since their variables live there; functions run wherever there is room.
     """
 
-    def __init__(self, staff: Staff, *, workers: int, states: Mapping[str, bytes] | None = None, warn: Callable[[str], None] = print) -> None:
+    def __init__(
+        self, staff: Staff, *, workers: int, states: Mapping[str, bytes] | None = None, warn: Callable[[str], None] = print
+    ) -> None:
         self.roster = staff.roster
         self._staff = staff
         self._count = workers
@@ -130,8 +134,8 @@ class SimulatedSites:
         try:
             for _ in ask.groups:
                 group, updates, body = await asking.results.get()
-                partial = None if body is None else decode(body.buffer)[0]
-                yield Folded(group, partial, updates, lambda group=group, body=body: self._through(asking, group, body))  # type: ignore[misc]
+                total = None if body is None else decode(body.buffer)[0]
+                yield Folded(group, total, updates, partial(self._through, asking, group, body))
         finally:
             self._finish(asking)
 
@@ -145,8 +149,8 @@ class SimulatedSites:
             if len(group) == len(ask.groups[number]):
                 del arrived[number]
                 ranked = [group[site] for site in ask.groups[number]]
-                partial, light = fold_group(ranked, aggregator, ask.task, self._staff.filters.server_in, self._staff.seed)
-                yield Folded(number, partial, light, lambda: None)
+                total, light = fold_group(ranked, aggregator, ask.task, self._staff.filters.server_in, self._staff.seed)
+                yield Folded(number, total, light, lambda: None)
 
     # the asks
 
@@ -174,9 +178,7 @@ class SimulatedSites:
     def _finish(self, asking: _Asking) -> None:
         """Give up what is still out, by ending the workers that are at it, and let the workers forget the task."""
         self._active.discard(asking)
-        for orders in self._orders:
-            for order in [order for order in orders if order.asking is asking]:
-                orders.remove(order)
+        self._orders = [deque(order for order in orders if order.asking is not asking) for orders in self._orders]
         for slot, worker in enumerate(self._workers):
             if any(order.asking is asking for order in worker.orders):
                 self._replace(slot, but=asking)
@@ -189,14 +191,17 @@ class SimulatedSites:
         """Give every worker something to do, and one thing more while there is plenty, so that none waits for this process."""
         for depth in (1, 2):
             for slot, worker in enumerate(self._workers):
-                while len(worker.orders) < depth:
-                    spare = depth == 2 and len(self._orders[-1]) <= self._count
-                    queue = self._orders[slot] or (self._orders[-1] if not spare else ())
-                    if not queue or queue[0].group >= queue[0].asking.head + AHEAD * self._count:
-                        break
-                    order = queue.popleft()  # type: ignore[union-attr]
+                while len(worker.orders) < depth and (order := self._next_order(slot, depth)) is not None:
                     worker.orders.append(order)
                     self._give(slot, order)
+
+    def _next_order(self, slot: int, depth: int) -> _Order | None:
+        """What this worker does next; nothing if all that is left is better kept for others, or lies too far ahead."""
+        anyones = self._orders[-1]
+        queue = self._orders[slot] or (anyones if depth == 1 or len(anyones) > self._count else None)
+        if not queue or queue[0].group >= queue[0].asking.head + AHEAD * self._count:
+            return None
+        return queue.popleft()
 
     def _give(self, slot: int, order: _Order) -> None:
         asking = order.asking
@@ -274,10 +279,8 @@ class SimulatedSites:
     def _end(self, worker: _Worker) -> int:
         """Kill a worker, if it is not dead already. Returns its wait status."""
         asyncio.get_running_loop().remove_reader(worker.link.socket)
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(worker.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         status = os.waitpid(worker.pid, 0)[1]
         worker.link.close()
         return status

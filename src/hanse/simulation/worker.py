@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import threadpoolctl
+import threadpoolctl  # type: ignore[import-untyped]
 
 from hanse.app import App
-from hanse.site.script import Ending, Script
 from hanse.client.framework import loaded
+from hanse.client.script import Script
 from hanse.client.session import SiteInfo
 from hanse.cohort import fold_group
 from hanse.errors import LinkBroken
@@ -25,9 +25,10 @@ from hanse.filters import Filters
 from hanse.jobs.parts import part_of
 from hanse.messages.codec import decode, decode_task, encode, encode_update
 from hanse.messages.flmodel import FLModel
-from hanse.messages.task import Task, TaskId
+from hanse.messages.task import TaskId
 from hanse.messages.update import Update
 from hanse.site.runner import SiteRunner
+from hanse.site.script import Ending
 from hanse.transport.courier import Roster
 from hanse.transport.memory import INLINE_BYTES, MemoryLink, Received, SharedBody, map_shared
 
@@ -62,7 +63,7 @@ class Close(msgspec.Struct, tag=True):
 
 
 class Done(msgspec.Struct, tag=True):
-    """One run is done. With `fold`, the updates are here without parameters and the body is the partial sum; else the body is the update."""
+    """One run is done. With `fold`, the updates come without parameters and the body is the partial sum; else the body is the update."""
 
     ask: int
     group: int
@@ -150,7 +151,7 @@ class _MappedTask:
 
     def private_model(self) -> FLModel:
         """The task's model in a copy-on-write mapping of its own, for tensors that training code may change."""
-        return decode_task(map_shared(self._shared)).model
+        return decode(map_shared(self._shared), writable=True)[0]
 
     def close(self) -> None:
         os.close(self._shared[0])

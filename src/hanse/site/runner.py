@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from hanse.app import MAX_STATE_BYTES, App, Site
-from hanse.client.framework import from_arrays, load_adapter, map_leaves, seed_all, to_arrays
+from hanse.client.framework import from_arrays, load_adapter, map_leaves, number, seed_all, to_arrays
+from hanse.client.script import Script
 from hanse.client.session import SiteInfo
 from hanse.errors import ConfigError
 from hanse.filters import Filters, apply
@@ -22,7 +23,9 @@ from hanse.messages.update import Record, Update
 from hanse.seeds import generator, seed_for
 from hanse.site.failure import failure_of
 from hanse.site.output import Output, Sink
-from hanse.site.script import Ending, Script, ScriptHost
+from hanse.site.script import Ending, ScriptHost
+
+_PRIVATE_FROM_BYTES = 1 << 20  # below, a copy is made sooner than a mapping
 
 
 class SiteRunner:
@@ -52,8 +55,9 @@ class SiteRunner:
 
         state: the site's, of function apps; changed in place if the task succeeds.
         private: gives the task's model over writable memory that this site has to itself, such as a copy-on-write mapping, so that its
-            arrays become tensors without a copy. Not used where there are `site_in` filters.
-        The update's arrays may share memory with the script's: they are good until the next `run` for the same site, or `close`.
+            arrays become tensors without a copy. Used for models of 1 MiB or more, where there are no `site_in` filters.
+        The update's arrays may share memory with those of the code, which may use one model for every site: they are good until the next
+        `run`.
         """
         began_s = time.perf_counter()
         records: list[Record] = []
@@ -67,8 +71,7 @@ class SiteRunner:
                 answer = self._call(self._code, info, replace(task, model=given), seed, streams, state, records)
             else:
                 answer = self._code.perform(info, replace(task, model=given), seed=seed, records=records)
-                answer = _checked(answer, own=False)
-            model = self._filtered("site_out", answer, reference, info, streams)
+            model = self._filtered("site_out", _checked(answer), reference, info, streams)
         except (Exception, SystemExit) as error:
             failure, traceback = failure_of(error)
             seconds = time.perf_counter() - began_s
@@ -83,7 +86,7 @@ class SiteRunner:
 
     def _given(self, model: FLModel, private: Callable[[], FLModel] | None) -> FLModel:
         """The model as the code gets it: it may change every container in it."""
-        source = model if private is None or self._framework is None else private()
+        source = model if private is None or self._framework is None or _size_bytes(model) < _PRIVATE_FROM_BYTES else private()
         meta, metrics = dict(model.meta), dict(model.metrics)
         return replace(model, params=from_arrays(source.params, self._framework), meta=meta, metrics=metrics, optimizer_params={})
 
@@ -96,7 +99,6 @@ class SiteRunner:
         seed_all(seed)
         with self._output.of(info.name):
             answer = app.run(task.name, task.model, site)
-        answer = _checked(answer, own=True)
         after = copy.deepcopy(to_arrays(site.state))
         _check_state(after)
         state.clear()
@@ -120,29 +122,23 @@ def _shared(model: FLModel) -> FLModel:
     return replace(model, params=map_leaves(read_only, model.params))
 
 
-def _checked(answer: FLModel, *, own: bool) -> FLModel:
-    """The answer in arrays and plain numbers. Raises ConfigError for metrics that are no numbers.
+def _size_bytes(model: FLModel) -> int:
+    sizes: list[int] = []
+    map_leaves(lambda leaf: sizes.append(leaf.nbytes) if isinstance(leaf, np.ndarray) else None, model.params)
+    return sum(sizes)
 
-    own: give it memory of its own. An app's functions may return the tensors of one model that they use for every site.
-    """
+
+def _checked(answer: FLModel) -> FLModel:
+    """The answer in arrays and plain numbers. Raises ConfigError for metrics that are no numbers."""
     params = to_arrays(answer.params)
-    if own:
-        params = map_leaves(lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) and leaf.flags.writeable else leaf, params)
     metrics = {}
     for name, value in answer.metrics.items():
-        number = _number(value)
-        if number is None or not isinstance(name, str):
+        plain = number(value)
+        if plain is None or not isinstance(name, str):
             raise ConfigError(f"metric {name!r} is a {type(value).__name__}, {value!r:.60}: metrics map names to numbers")
-        metrics[name] = float(number)
-    meta = {name: value if (number := _number(value)) is None else number for name, value in answer.meta.items()}
+        metrics[name] = float(plain)
+    meta = {name: value if (plain := number(value)) is None else plain for name, value in answer.meta.items()}
     return replace(answer, params=params, metrics=metrics, meta=meta, optimizer_params={})
-
-
-def _number(value: Any) -> int | float | None:
-    """A Python number for any framework's scalar; None for all else."""
-    if not isinstance(value, bool | int | float) and hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
-        value = value.item()
-    return value if isinstance(value, bool | int | float) else None
 
 
 def _check_state(state: Mapping[str, Any]) -> None:

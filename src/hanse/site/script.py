@@ -22,6 +22,7 @@ from typing import Any
 from greenlet import GreenletExit, getcurrent, greenlet  # type: ignore[import-untyped]
 
 from hanse.client.framework import GROUP, loaded, seed_all
+from hanse.client.script import Script
 from hanse.client.session import SiteInfo, enter
 from hanse.errors import ConfigError, Failure, SiteFailed
 from hanse.messages.flmodel import FLModel
@@ -33,27 +34,6 @@ from hanse.site.output import Output
 
 _WAITS = object()  # what a script hands over when it asks for a task
 _MAX_WAITS_AFTER_THE_END = 100
-
-
-@dataclass(frozen=True)
-class Script:
-    """A Python file that uses the Client API, and its command-line arguments."""
-
-    path: str
-    argv: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "path", str(Path(self.path).absolute()))
-        object.__setattr__(self, "argv", tuple(self.argv))
-        if not Path(self.path).is_file():
-            raise ConfigError(f"there is no script {self.path}")
-        if not all(isinstance(arg, str) for arg in self.argv):
-            raise ConfigError(f"argv is {self.argv!r}: arguments are strings, as on a command line")
-
-    @property
-    def name(self) -> str:
-        """The file's name."""
-        return Path(self.path).name
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +52,7 @@ class ScriptHost:
         self._script = script
         self._output = output
         self._plays: dict[str, _Play] = {}
-        folder = str(Path(script.path).parent)
+        folder = str(script.path.parent)
         self._folder = None if folder in sys.path else folder
         if self._folder:
             sys.path.insert(0, self._folder)
@@ -84,7 +64,7 @@ class ScriptHost:
         seed: for all global generators, set when the script gets the task.
         Raises whatever the script raises, and SiteFailed if it ends or asks for another task without an answer.
         """
-        name, script = info.name, self._script.name
+        name, script = info.name, self._script.path.name
         if name in self._plays and not self._plays[name].waits:
             self._finish_last(name, info, seed_for(seed, "before"), records)
         if name not in self._plays:
@@ -109,7 +89,7 @@ class ScriptHost:
             try:
                 self._resume(name, play.session.info, records)
                 if play.session.waits_after_the_end > _MAX_WAITS_AFTER_THE_END:
-                    failure = Failure("SiteFailed", f"{self._script.name} goes on asking for tasks though the job is over; it was stopped.")
+                    failure = Failure("SiteFailed", f"{self._script.path.name} goes on asking for tasks after the job's end; stopped.")
             except (Exception, SystemExit) as error:
                 failure, record = failure_of(error)
                 records.append(record)
@@ -128,7 +108,7 @@ class ScriptHost:
         self._plays[info.name] = _Play(self._script, info)
         seed_all(seed_for(info.seed, "start", info.name))
         if self._resume(info.name, info, records) is not _WAITS:
-            raise SiteFailed(f"{self._script.name} ended without asking for a task.", hint="Call init(), then receive().")
+            raise SiteFailed(f"{self._script.path.name} ended without asking for a task.", hint="Call init(), then receive().")
 
     def _finish_last(self, name: str, info: SiteInfo, seed: int, records: list[Record]) -> None:
         """Run what the script does after its last answer, up to where it waits or ends."""
@@ -136,8 +116,8 @@ class ScriptHost:
         try:
             self._resume(name, info, records)
         except (Exception, SystemExit) as error:
-            what = f"{type(error).__name__}: {error}"
-            raise SiteFailed(f"after its answer to the task before, {self._script.name} raised {what}", hint="It starts anew.") from error
+            what = f"{self._script.path.name} raised {type(error).__name__}: {error}"
+            raise SiteFailed(f"after its answer to the task before, {what}", hint="It starts anew.") from error
 
     def _resume(self, name: str, info: SiteInfo, records: list[Record], task: Task | None = None) -> object:
         """Let the script go on until it gives way: its answer, _WAITS, or None when it has ended, in which case it is let go."""
@@ -163,9 +143,9 @@ class _Play:
         self.session = _SiteSession(info)
         self.waits = False
         self._script = script
-        self._argv = [script.path, *script.argv]
+        self._argv = [str(script.path), *script.argv]
         self._module = ModuleType("__main__")
-        self._module.__file__ = script.path
+        self._module.__file__ = str(script.path)
         self._greenlet = greenlet(self._run)
         self._thread_states: dict[str, Any] = {}
 
@@ -257,13 +237,13 @@ class _SiteSession:
 
 
 @lru_cache(maxsize=16)
-def _compiled(path: str) -> CodeType:
-    return compile(Path(path).read_bytes(), path, "exec", dont_inherit=True)
+def _compiled(path: Path) -> CodeType:
+    return compile(path.read_bytes(), str(path), "exec", dont_inherit=True)
 
 
-def _frameworks(path: str) -> set[str]:
+def _frameworks(path: Path) -> set[str]:
     """The frameworks with an adapter that a script imports, itself or by modules that lie beside it."""
-    files, imported = [Path(path)], set[str]()
+    files, imported = [path], set[str]()
     for file in files:
         for node in ast.walk(ast.parse(file.read_bytes(), str(file))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

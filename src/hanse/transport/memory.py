@@ -1,17 +1,19 @@
 """Frames between processes of one machine: small ones inline through a socket pair, large ones as shared memory that the receiver maps.
 
-A message is a few bytes with, optionally, one body. A large body is written into a slot, a piece of anonymous shared memory whose descriptor
-travels once; the receiver maps it, and gives the slot back with `Body.release`, so that memory is touched first only once. A body that shall
-outlive the exchange, or go to many receivers, is written to a `SharedBody` of its own.
+A message is a few bytes with, optionally, one body. A large body is written into a slot, a piece of anonymous shared memory whose
+descriptor travels once; the receiver maps it, and gives the slot back with `Body.release`, so that memory is touched first only once. A
+body that shall outlive the exchange, or go to many receivers, is written to a `SharedBody` of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import socket
 import struct
 import tempfile
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,10 +23,11 @@ from hanse.errors import LinkBroken
 INLINE_BYTES = 64 << 10
 """Bodies up to this size ride in the socket: cheaper than mapping."""
 
-Buffer = bytes | bytearray | memoryview
+Buffer = bytes | bytearray | memoryview | mmap.mmap
 _HEAD = struct.Struct("<BIQI")  # kind, message bytes, body bytes, slot
 _INLINE, _SLOT, _NEW_SLOT, _SHARED, _RELEASE = range(5)
 _SOCKET_BYTES = 4 << 20
+_DESCRIPTOR_BYTES = socket.CMSG_LEN(16 * array("i").itemsize)
 
 
 def _anonymous_memory() -> int:
@@ -154,10 +157,8 @@ class MemoryLink:
 
     def receive_ready(self) -> list[Received]:
         """All messages that have arrived, without waiting. Raises LinkBroken once the other end is closed and nothing is left."""
-        try:
+        with contextlib.suppress(BlockingIOError):
             self._read(socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            pass
         messages = []
         while (received := self._parse()) is not None:
             messages.append(received)
@@ -175,13 +176,14 @@ class MemoryLink:
 
     def _read(self, flags: int) -> None:
         try:
-            data, descriptors, _, _ = socket.recv_fds(self.socket, 1 << 18, 16, flags)
+            data, ancillary, _, _ = self.socket.recvmsg(1 << 18, _DESCRIPTOR_BYTES, flags)  # socket.recv_fds ignores its flags
         except ConnectionError as error:
             raise LinkBroken(f"a worker process is gone: {error}") from error
         if not data:
             raise LinkBroken("a worker process is gone")
         self._inbox += data
-        self._descriptors.extend(descriptors)
+        for _, _, packed in ancillary:
+            self._descriptors.extend(array("i", packed))
 
     def _head(self) -> tuple[int, int, int, int] | None:
         return _HEAD.unpack_from(self._inbox) if len(self._inbox) >= _HEAD.size else None
@@ -217,10 +219,8 @@ class MemoryLink:
         return Received(message, Body(view[:size], lambda: self._release(slot)))
 
     def _release(self, slot: int) -> None:
-        try:
+        with contextlib.suppress(LinkBroken):  # a sender that died took its slots with it: there is nobody to tell
             self._write(_HEAD.pack(_RELEASE, 0, 0, slot))
-        except LinkBroken:
-            pass  # the sender died, and its slots with it: there is nobody to tell
 
 
 def map_shared(shared: tuple[int, int]) -> memoryview:

@@ -17,7 +17,7 @@ _GOAL = re.compile(r"\s*(?:(?P<goal>max|min)\s+)?(?P<metric>[^\s<>=]+)\s*")
 
 @dataclass(frozen=True)
 class Condition:
-    """A bound on one metric, such as `accuracy >= 0.95`. False while the metric is missing or NaN. Raises ConfigError if it is malformed."""
+    """A bound on one metric, such as `accuracy >= 0.95`. False while it is missing or NaN. Raises ConfigError if malformed."""
 
     text: str
     metric: str = field(init=False)

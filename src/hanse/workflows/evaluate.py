@@ -15,9 +15,7 @@ SERVER = "server"
 """Under this name the job's own model stands in the table of scores."""
 
 
-async def federated_evaluation(
-    cohort: Cohort, model: FLModel, *, min_updates: int | None = None, within_s: float | None = None
-) -> FLModel:
+async def federated_evaluation(cohort: Cohort, model: FLModel, *, min_updates: int | None = None, within_s: float | None = None) -> FLModel:
     """Every site scores `model` on its own data; the committed metrics are the weighted mean. The model is returned as it came."""
     async for _ in cohort.rounds(model, 1):
         scored = await _score(cohort, model, min_updates, within_s)

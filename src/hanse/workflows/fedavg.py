@@ -56,7 +56,8 @@ async def fedavg(
         scored, metrics = model, dict(reduced.metrics)
         model = optimizer.step(model, reduced.model)
         if evaluate:
-            scored, metrics = model, metrics | await score(cohort, model, round, rounds, within_s, grace_s, min_updates)
+            scored = model
+            metrics |= await score(cohort, model, round, rounds, within_s, grace_s, min_updates)
         await cohort.keep_best(scored, metrics, best.metric, lowest=best.lowest)
         model = await cohort.commit(model, metrics)
     return model

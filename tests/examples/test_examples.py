@@ -1,0 +1,169 @@
+"""Each example, run as a user runs it: a process of its own, in a folder of its own. What comes out has to be far from chance."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hanse import FedAvgRecipe, Run, SimEnv
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+
+
+def run_example(name: str, folder: Path, *, data: Path | str = "/nowhere") -> str:
+    """What it prints. It must exit with status 0 and say nothing on standard error."""
+    environment = os.environ | {"HANSE_DATA": str(data), "PYTHONHASHSEED": "0"}
+    done = subprocess.run([sys.executable, EXAMPLES / name], cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def finished(folder: Path, job: str) -> Run:
+    """The run that the job in `folder` made; complete, with its report, and the last lines name both."""
+    run = Run(folder / "runs" / f"{job}-001")
+    assert run.get_status() == "completed"
+    assert "<html" in (run.folder / "report.html").read_text("utf-8")
+    assert run.events("failure") == []
+    return run
+
+
+def test_hello_finds_the_slope(tmp_path: Path) -> None:
+    printed = run_example("hello/job.py", tmp_path)
+    run = finished(tmp_path, "hello")
+    assert run.get_result().params["slope"] == pytest.approx(3, abs=0.1)
+    assert run.metrics[-1]["loss"] < 2 < 50 < run.metrics[0]["loss"]
+    assert "report  runs/hello-001/report.html" in printed
+
+
+def test_digits_as_a_script(tmp_path: Path) -> None:
+    run_example("digits/job.py", tmp_path)
+    run = finished(tmp_path, "digits")
+    assert run.metrics[0]["accuracy"] < 0.3
+    assert run.facts["best"]["value"] > 0.8
+    assert set(run.get_best().params) == {"layers.0.weight", "layers.0.bias", "layers.2.weight", "layers.2.bias"}
+    printed_at_a_site = (run.folder / "logs" / "site-8.log").read_text().splitlines()
+    assert len(printed_at_a_site) == len(run.metrics) == 8
+    assert re.fullmatch(r"accuracy 0\.\d{3} before, 0\.\d{3} after", printed_at_a_site[0])
+
+
+def test_digits_as_functions_stop_by_themselves(tmp_path: Path) -> None:
+    printed = run_example("digits/job_function.py", tmp_path)
+    run = finished(tmp_path, "digits-function")
+    assert run.metrics[-1]["accuracy"] >= 0.88
+    assert all(metrics["accuracy"] < 0.88 for metrics in run.metrics[:-1])
+    assert f"stopped after round {len(run.metrics)} of 20: accuracy >= 0.88" in printed
+    assert {path.name for path in (run.folder / "job" / "code").iterdir()} == {"job_function.py", "train.py"}
+
+
+def test_the_script_before_and_after_differ_by_five_lines() -> None:
+    before, after = (EXAMPLES / "digits" / name for name in ("train_local.py", "train.py"))
+    lines = [path.read_text().partition('"""\n')[2].splitlines() for path in (before, after)]  # without the docstring
+    changed = [line for line in difflib.ndiff(*lines) if line.startswith("+ ") and line[2:].strip()]
+    assert len(changed) == 5
+    assert "hanse" not in before.read_text()
+    assert all("flare" in line for line in changed)
+
+
+def test_the_readme_shows_the_lines_that_changed() -> None:
+    diff = (EXAMPLES / "digits" / "README.md").read_text("utf-8").partition("```diff\n")[2].partition("```")[0]
+    after = [line.strip() for line in (EXAMPLES / "digits" / "train.py").read_text().splitlines()]
+    shown = [line[1:].strip() for line in diff.splitlines() if line.startswith("+")]
+    assert len(shown) == 5
+    assert set(shown) <= set(after)
+
+
+@pytest.mark.parametrize("name", ["digits/train_local.py", "digits/train.py", "linear/train.py"])
+def test_a_script_runs_alone(name: str, tmp_path: Path) -> None:
+    printed = run_example(name, tmp_path)
+    assert ("hanse: round 1 of 2" in printed) is (name != "digits/train_local.py")
+    found = re.search(r"accuracy 0\.\d+ before, (0\.\d+) after|round 2 of 2: auc (0\.\d+)", printed)
+    assert found is not None
+    assert float(found[1] or found[2]) > 0.8
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_demo_on_clothes(tmp_path: Path, data_folder: Path) -> None:
+    printed = run_example("demo/job.py", tmp_path, data=data_folder)
+    run = finished(tmp_path, "demo")
+    assert "Fashion-MNIST" in printed
+    assert "report  runs/demo-001/report.html" in printed
+    assert run.facts["best"]["metric"] == "accuracy"
+    assert run.facts["best"]["value"] > 0.8
+    weights = {event["site"]: event["weight"] for event in run.events("update") if event["task"] == "train"}
+    assert sum(weights.values()) == 60_000  # every picture is at one site
+    assert max(weights.values()) > 2 * min(weights.values())
+
+
+def test_demo_without_data_says_so_and_goes_on(tmp_path: Path) -> None:
+    printed = run_example("demo/job.py", tmp_path, data=tmp_path / "missing")
+    run = finished(tmp_path, "demo")
+    assert f"There is no {tmp_path / 'missing' / 'fashion_mnist.npz'}" in printed
+    assert "digits" in printed
+    assert run.facts["best"]["value"] > 0.85
+
+
+def test_linear_on_credit_data(tmp_path: Path, data_folder: Path) -> None:
+    run_example("linear/job.py", tmp_path, data=data_folder)
+    run = finished(tmp_path, "linear")
+    assert run.facts["best"]["value"] > 0.7
+    assert sum(event["weight"] for event in run.events("update") if event["round"] == 0) == 24_000
+    assert run.get_best().params["coef_"].shape == (1, 23)
+
+
+def test_linear_without_data_says_so_and_goes_on(tmp_path: Path) -> None:
+    printed = run_example("linear/job.py", tmp_path)
+    run = finished(tmp_path, "linear")
+    assert "There is no /nowhere/credit_default.npz" in printed
+    assert run.facts["best"]["value"] > 0.95
+
+
+def test_an_algorithm_of_your_own_outdoes_the_mean(tmp_path: Path) -> None:
+    run_example("own_algorithm/job.py", tmp_path)
+    run = finished(tmp_path, "median")
+    assert run.metrics[-1]["accuracy"] > 0.85
+    app = runpy.run_path(str(EXAMPLES / "own_algorithm" / "job.py"))["app"]
+    mean = FedAvgRecipe(name="mean", app=app, model=run.get_result().params, rounds=3)
+    assert mean.execute(SimEnv(num_clients=8, runs=tmp_path / "runs", console="quiet")).metrics[-1]["accuracy"] < 0.5
+    assert len((EXAMPLES / "own_algorithm" / "job.py").read_text().splitlines()) < 40
+
+
+def test_cross_site_scores_every_model_everywhere(tmp_path: Path) -> None:
+    printed = run_example("cross_site/job.py", tmp_path)
+    [event] = finished(tmp_path, "cross-site").events("cross_site")
+    accuracy = {model: {site: metrics["accuracy"] for site, metrics in row.items()} for model, row in event["scores"].items()}
+    sites = ["ada", "bob", "cy"]
+    assert list(accuracy) == ["server", *sites]
+    for site in sites:
+        assert accuracy[site][site] > 0.95
+        assert accuracy[site][site] > max(accuracy[other][site] for other in sites if other != site) + 0.1
+    assert min(accuracy["server"].values()) > 0.8
+    assert accuracy["cy"]["ada"] < 0.5
+    assert f"model of server   ada {accuracy['server']['ada']:.3f}" in printed
+
+
+def test_every_example_is_described_and_tested() -> None:
+    folders = {path.name for path in EXAMPLES.iterdir() if path.is_dir()}
+    page = (ROOT / "docs" / "examples.md").read_text("utf-8")
+    for folder in folders:
+        assert (EXAMPLES / folder / "README.md").is_file()
+        assert f"examples/{folder}/" in page
+        assert f'"{folder}/' in Path(__file__).read_text("utf-8")
+
+
+def test_the_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    code = re.search(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert code is not None
+    (tmp_path / "job.py").write_text(code[1])
+    monkeypatch.setitem(os.environ, "HANSE_DATA", "/nowhere")
+    done = subprocess.run([sys.executable, "job.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    finished(tmp_path, "hello")
