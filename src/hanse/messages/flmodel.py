@@ -40,14 +40,16 @@ class FLModel:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        try:
-            self.params_type = ParamsType(self.params_type or ParamsType.FULL)
-        except ValueError:
-            raise ConfigError(f"params_type is {self.params_type!r}: it must be FULL or DIFF") from None
+        if type(self.params_type) is not ParamsType:
+            try:
+                self.params_type = ParamsType(self.params_type or ParamsType.FULL)
+            except ValueError:
+                raise ConfigError(f"params_type is {self.params_type!r}: it must be FULL or DIFF") from None
         for name in ("optimizer_params", "metrics", "meta"):
-            if getattr(self, name) is None:
+            value = getattr(self, name)
+            if value is None:
                 setattr(self, name, {})
-        if not isinstance(self.metrics, Mapping):
-            raise ConfigError(f"metrics is a {type(self.metrics).__name__}: it must map names to numbers")
-        if not isinstance(self.meta, Mapping):
-            raise ConfigError(f"meta is a {type(self.meta).__name__}: it must map names to JSON values")
+            elif type(value) is not dict and not isinstance(value, Mapping):
+                raise ConfigError(
+                    f"{name} is a {type(value).__name__}: it must map names to {'numbers' if name == 'metrics' else 'values'}"
+                )

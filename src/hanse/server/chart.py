@@ -192,9 +192,9 @@ def bars(title: str, heights: Points, lines: Mapping[str, Points], *, subtitle: 
 
 def nice_steps(low: float, high: float, count: int, *, whole: bool = False) -> list[float]:
     """About `count` round numbers, evenly spaced, the first at most `low` and the last at least `high`. `whole`: whole numbers only."""
-    if not high > low:
-        low, high = (low - abs(low) * 0.1, high + abs(high) * 0.1) if low else (-1.0, 1.0)
-    rough = max((high - low) / count, 1e-300)  # below, powers of ten lose their digits
+    if not high - low > 1e-300:  # powers of ten below that have lost their digits
+        low, high = (low - abs(low) * 0.1, high + abs(high) * 0.1) if abs(low) > 1e-290 else (-1.0, 1.0)
+    rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
     if whole:

@@ -16,11 +16,11 @@ from typing import Any
 from hanse.aggregation.aggregator import Aggregator
 from hanse.client.script import Script
 from hanse.cohort import GROUPS, fold_group
-from hanse.errors import Failure, LinkBroken
+from hanse.errors import ConfigError, Failure, LinkBroken
 from hanse.jobs.parts import describe_part
 from hanse.messages.codec import decode, decode_update, encode_task
 from hanse.messages.update import Update
-from hanse.simulation.worker import Begin, Close, Closed, End, Run, Staff, decode_answer, encode_order, serve, settle_in
+from hanse.simulation.worker import Begin, Close, Closed, End, Ready, Run, Staff, decode_answer, encode_order, serve, settle_in
 from hanse.site.script import Ending
 from hanse.transport.courier import Ask, Folded
 from hanse.transport.memory import Body, MemoryLink, Received, SharedBody, map_shared
@@ -29,6 +29,7 @@ TRIES = 3
 """So many times a group of sites is run whose worker dies before it is given up."""
 AHEAD = 4
 """Partial sums that wait for an earlier group: at most this many for each worker."""
+READY_WITHIN_S = 20.0
 CLOSE_WITHIN_S = 10.0
 
 
@@ -67,6 +68,7 @@ class _Worker:
     pid: int
     link: MemoryLink
     orders: deque[_Order] = field(default_factory=deque)
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
     closed: asyncio.Future[tuple[Ending, ...]] | None = None
 
 
@@ -95,6 +97,17 @@ class SimulatedSites:
     async def __aenter__(self) -> SimulatedSites:
         for slot in range(self._count):
             self._workers.append(self._fork(slot))
+        if self._staff.threads > 1:
+            try:
+                async with asyncio.timeout(READY_WITHIN_S):
+                    await asyncio.gather(*(worker.ready.wait() for worker in self._workers))
+            except TimeoutError:
+                for worker in self._workers:
+                    self._end(worker)
+                raise ConfigError(
+                    f"worker processes with {self._staff.threads} threads did not start within {READY_WITHIN_S:g} s.",
+                    hint="A process whose threads have computed cannot be forked into such: use threads=1, or `hanse run` of the exported job.",
+                ) from None
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -235,6 +248,9 @@ class SimulatedSites:
 
     def _take(self, worker: _Worker, received: Received) -> None:
         answer = decode_answer(received.message)
+        if isinstance(answer, Ready):
+            worker.ready.set()
+            return
         if isinstance(answer, Closed):
             if worker.closed is not None:
                 worker.closed.set_result(answer.endings)

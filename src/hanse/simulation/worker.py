@@ -62,6 +62,10 @@ class Close(msgspec.Struct, tag=True):
     """Let the scripts end, then end."""
 
 
+class Ready(msgspec.Struct, tag=True):
+    """The worker is there, and can compute with as many threads as it was told."""
+
+
 class Done(msgspec.Struct, tag=True):
     """One run is done. With `fold`, the updates come without parameters and the body is the partial sum; else the body is the update."""
 
@@ -78,7 +82,7 @@ class Closed(msgspec.Struct, tag=True):
 
 
 ToWorker = Begin | Run | End | Close
-FromWorker = Done | Closed
+FromWorker = Ready | Done | Closed
 _encode = msgspec.msgpack.Encoder(enc_hook=lambda value: value.item()).encode
 _decode = msgspec.msgpack.Decoder(ToWorker).decode
 decode_answer = msgspec.msgpack.Decoder(FromWorker).decode
@@ -124,6 +128,7 @@ def serve(link: MemoryLink, staff: Staff) -> None:
     """Do what the engine says until it says Close, or is gone."""
     runner = SiteRunner(staff.code, filters=staff.filters, framework=staff.framework, sink=_log_to(Path(staff.logs)))
     tasks: dict[int, _MappedTask] = {}
+    link.send(_encode(Ready()))
     while True:
         try:
             received = link.receive()

@@ -1,0 +1,34 @@
+"""All benchmarks, one after the other, and one table at the end. Options are passed on to each: `--strict` is what they share."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from claims import Claim, machine, parser, table
+
+HERE = Path(__file__).parent
+ORDER = ("silo", "device", "sum", "overhead", "import_time")
+
+
+def main() -> None:
+    options = parser(__doc__).parse_args()
+    failed = []
+    with tempfile.TemporaryDirectory() as folder:
+        results = options.results or Path(folder) / "results.jsonl"
+        for name in ORDER:
+            print(f"── {name}", flush=True)
+            if subprocess.run([sys.executable, HERE / f"{name}.py", "--results", results]).returncode:
+                failed.append(name)
+        claims = [Claim(**json.loads(line)) for line in results.read_text().splitlines()]
+    print(f"{machine()}\n\n{table(claims)}")
+    if failed:
+        sys.exit(f"\ncould not be measured: {', '.join(failed)}")
+    sys.exit(options.strict and any(claim.missed for claim in claims))
+
+
+if __name__ == "__main__":
+    main()
