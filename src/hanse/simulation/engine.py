@@ -106,7 +106,7 @@ class SimulatedSites:
                     self._end(worker)
                 raise ConfigError(
                     f"worker processes with {self._staff.threads} threads did not start within {READY_WITHIN_S:g} s.",
-                    hint="A process whose threads have computed cannot be forked into such: use threads=1, or `hanse run` of the exported job.",
+                    hint="A process that has computed with threads cannot be forked so: use threads=1, or `hanse run` of the exported job.",
                 ) from None
         return self
 
