@@ -39,7 +39,7 @@ docs: install ## build the documentation into build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: install ## measure each claim beside a bare loop in the same run
-	set -e; for claim in benchmarks/[a-z]*.py; do $(BIN)/python $$claim; done
+	$(BIN)/python benchmarks
 
 constraints: ## pin the newest versions of everything; run the tests after it
 	rm -rf build/pins

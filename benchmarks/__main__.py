@@ -1,4 +1,4 @@
-"""All benchmarks, one after the other, and one table at the end. Options are passed on to each: `--strict` is what they share."""
+"""All benchmarks, one after the other, and one table at the end."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """`overhead`: an empty task, 10,000 float32 parameters in 4 arrays and no training, costs at most 200 µs a site in one worker.
 
-A round of 1,000 sites goes from commit to commit, so it holds all that Hanse does. Beside it: a loop that calls the same function and averages with NumPy.
+A round of 1,000 sites goes from commit to commit, so it holds all that Hanse does. Beside it: a loop that calls the same function and
+averages with NumPy.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def measure(options: Namespace) -> Iterator[Claim]:
                 rounds[kind] += seconds
                 print(f"{kind:8}", "  ".join(f"{s / SITES * 1e6:.0f}" for s in seconds), "µs a site", flush=True)
     bare, function, script = (median(rounds[kind]) / SITES * 1e6 for kind in ("bare", "function", "script"))
-    yield Claim(what="overhead: a site, function form", hanse=f"{function:.0f} µs", bare=f"{bare:.0f} µs", figure=function, unit="µs", limit=200)
+    yield Claim(
+        what="overhead: a site, function form", hanse=f"{function:.0f} µs", bare=f"{bare:.0f} µs", figure=function, unit="µs", limit=200
+    )
     yield Claim(what="overhead: a site, script form", hanse=f"{script:.0f} µs", bare=f"{bare:.0f} µs", figure=script, unit="µs")
 
 

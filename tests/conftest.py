@@ -1,11 +1,25 @@
-"""What every test may ask for: the folder of real data sets, which a bare checkout does not have."""
+"""What every test may ask for: real data sets, which a bare checkout does not have, and a job's parts put together for real."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
+
+from hanse.app import App
+from hanse.client.script import Script
+from hanse.cohort import Cohort
+from hanse.filters import Filters
+from hanse.server.run_folder import RunFolder
+from hanse.simulation.engine import SimulatedSites
+from hanse.simulation.roster import NamedSites, NumberedSites
+from hanse.simulation.worker import Staff
 
 DATA = Path(os.environ.get("HANSE_DATA") or Path(__file__).parents[2] / "shared" / "data")
 
@@ -16,6 +30,67 @@ def data_folder() -> Path:
     if not DATA.is_dir():
         pytest.skip(f"no data sets at {DATA}; set HANSE_DATA")
     return DATA
+
+
+@dataclass
+class Federation:
+    """Server and simulated sites of one job, and what was noted in it."""
+
+    cohort: Cohort
+    sites: SimulatedSites
+    folder: RunFolder
+    events: list[dict[str, Any]]
+    warnings: list[str] = field(default_factory=list)
+
+    def noted(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in self.events if event["event"] == kind]
+
+
+Federate = Callable[..., AbstractAsyncContextManager[Federation]]
+
+
+@pytest.fixture
+def federate(tmp_path: Path) -> Federate:
+    """Enter it with an app, a training function or a script to have the real sites, cohort and run folder, which a second one resumes."""
+
+    @asynccontextmanager
+    async def enter(
+        code: App | Script | Callable[..., Any],
+        *,
+        sites: int | list[str] = 4,
+        workers: int = 2,
+        seed: int = 0,
+        filters: Filters | None = None,
+        states: Mapping[str, bytes] | None = None,
+        **staff: Any,
+    ) -> AsyncIterator[Federation]:
+        events: list[dict[str, Any]] = []
+        warnings: list[str] = []
+        if not isinstance(code, App | Script):
+            function, code = code, App()
+            code.train(function)
+        roster = NumberedSites(sites) if isinstance(sites, int) else NamedSites(sites)
+        about = Staff(
+            code=code, roster=roster, job_id="job", seed=seed, filters=filters or Filters(), logs=str(tmp_path / "logs"), **staff
+        )
+        folder = RunFolder(tmp_path, {}, listen=events.append, progress=lambda *_: None)
+        folder.resume()
+        async with SimulatedSites(about, workers=workers, states=states, warn=warnings.append) as simulated:
+            folder.states = lambda: simulated.states
+            cohort = Cohort(simulated, folder, job_id="job", seed=seed, filters=filters)
+            yield Federation(cohort, simulated, folder, events, warnings)
+
+    return enter
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    """No child process and no descriptor is left behind by the test."""
+    process = psutil.Process()
+    before = process.num_fds()
+    yield
+    assert process.children() == []
+    assert process.num_fds() == before
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -1,7 +1,7 @@
 """The arithmetic of `device`: 1,000 sites with 20 synthetic images each, 100 a round, a CNN of 421,642 parameters, one epoch of SGD.
 
-It uses what makes a CNN quick on a CPU, for Hanse and the bare loop alike: one model that stays in a process and gets each site's parameters in
-place, channels last, ReLU after pooling.
+It uses what makes a CNN quick on a CPU, for Hanse and the bare loop alike: one model that stays in a process and gets each site's
+parameters in place, channels last, ReLU after pooling.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """`device` in two bare processes of one thread each: the seconds of each round but the first, as JSON. Takes the number of rounds.
 
-Each process trains half of a round's sites and sums their weighted parameters in shared memory; this one adds the two sums, and the next round begins.
+Each process trains half of a round's sites and sums their weighted parameters in shared memory; this one adds the two sums, and the next
+round begins.
 """
 
 from __future__ import annotations

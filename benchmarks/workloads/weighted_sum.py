@@ -1,6 +1,6 @@
-"""`sum`, one measurement in a process of its own: `hanse` or `torch` adds the files of a folder. Prints the seconds it took.
+"""`sum`, one measurement in a process of its own: `hanse` or `torch` adds the files of a folder. Prints the seconds it took, as JSON.
 
-The files are mapped anew, and the sum is fresh memory, in both. torch runs also print the seconds of adding into memory that was there before.
+A run with torch tells, after that, the seconds of adding everything once more, into memory that is there already.
 """
 
 from __future__ import annotations
@@ -8,7 +8,11 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
+
+import numpy as np
 
 from hanse import FLModel, Update, WeightedMean
 from hanse.messages.codec import read
@@ -28,9 +32,7 @@ def with_hanse(paths: list[Path], threads: int) -> list[float]:
 
 
 def with_torch(paths: list[Path], threads: int) -> list[float]:
-    import warnings
-
-    import torch
+    import torch  # here, as it would count in Hanse's memory
 
     torch.set_num_threads(threads)
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -38,8 +40,8 @@ def with_torch(paths: list[Path], threads: int) -> list[float]:
 
     def add(models: list[dict[str, torch.Tensor]], total: dict[str, torch.Tensor]) -> float:
         began = time.perf_counter()
-        for name, tensor in total.items():
-            for weight, model in zip(weights, models, strict=True):
+        for weight, model in zip(weights, models, strict=True):
+            for name, tensor in total.items():
                 tensor.add_(model[name], alpha=weight / sum(weights))
         return time.perf_counter() - began
 
@@ -52,7 +54,7 @@ def with_torch(paths: list[Path], threads: int) -> list[float]:
     return [seconds, add(models, total)]
 
 
-def _check(params, updates: int) -> None:
+def _check(params: Mapping[str, np.ndarray], updates: int) -> None:
     """File number k, from 0, holds k + 1 throughout, and its weight is k + 1 too."""
     expected = sum(k * k for k in range(1, updates + 1)) / sum(range(1, updates + 1))
     for name, array in params.items():

@@ -10,7 +10,7 @@ app = App()
 @app.train
 def train(model, site):
     rng = np.random.default_rng(site.rank)  # stands in for the site's own data, the same in every round
-    x = rng.uniform(0, 1 + site.rank, size=50)
+    x = rng.uniform(0, 8, size=50) * (site.rank + 1) / site.count  # of another range at each site
     y = 3 * x + rng.normal(size=50)
     slope = model.params["slope"]
     loss = np.mean((slope * x - y) ** 2)  # of the model as it came

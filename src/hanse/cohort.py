@@ -131,7 +131,7 @@ class Cohort:
         grace_s: seconds that stragglers get once `min_updates` are there; default: no end.
         Raises TooFewUpdates, with every site's reason, after the last update if too few were good.
         """
-        ask = self._prepare(task, of, single=True)
+        ask = self._prepare(task, of, single=True, hurried=within_s is not None or grace_s is not None)
         tally = _Tally(ask.sites, min_updates)
         async with aclosing(_replies(self._courier.ask(ask), within_s, grace_s, tally)) as replies:
             async for arrived in replies:
@@ -159,7 +159,8 @@ class Cohort:
         The updates are folded where they are (in a simulation's worker, on a relay), in fixed groups of sites; where there is a deadline
         each site is a group of its own. Arguments and errors are those of `ask`.
         """
-        ask = self._prepare(task, of, single=within_s is not None or grace_s is not None)
+        hurried = within_s is not None or grace_s is not None
+        ask = self._prepare(task, of, single=hurried, hurried=hurried)
         tally = _Tally(ask.sites, min_updates)
         total = aggregator.fresh(ask.task.model)
         waiting: dict[int, Folded] = {}
@@ -228,7 +229,7 @@ class Cohort:
         """Note facts (JSON values) for the report under a kind of event."""
         self._journal.event(kind, round=self._round, **facts)
 
-    def _prepare(self, task: Task, of: Iterable[str] | None, *, single: bool) -> Ask:
+    def _prepare(self, task: Task, of: Iterable[str] | None, *, single: bool, hurried: bool) -> Ask:
         sites = self.sample() if of is None else tuple(of)
         try:
             ranks = {site: self.sites.index(site) for site in sites}
@@ -243,7 +244,7 @@ class Cohort:
         model = replace(task.model, optimizer_params={})
         sent = apply_filters(self._filters.server_out, model, reference=model, rng=lambda: generator(self._seed, "server_out", *key))
         groups = group_by_rank(ranks, len(self.sites), single=single)
-        return Ask(replace(task, model=sent), key, groups)
+        return Ask(replace(task, model=sent), key, groups, hurried)
 
     def _note(self, tally: _Tally, update: Update, task: Task) -> None:
         tally.count(update)

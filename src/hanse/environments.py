@@ -34,7 +34,8 @@ class SimEnv:
     num_clients: how many sites, named site-1, site-2 and so on. sites: their names, instead.
     site_config: JSON values for single sites, by name, on top of the recipe's `config`.
     workers: how many processes; None: one for each core. The result has the same bits for any number.
-    threads: how many each worker computes with. It can change the last bits of a result, so it does not follow the machine.
+    threads: how many each worker computes with; above 1, workers are fresh interpreters instead of forked ones, and start more slowly.
+        It can change the last bits of a result, so it does not follow the machine.
     runs: the folder that run folders are made in. resume: a run folder to go on with, after a stop or a crash.
     console: "auto", "plain", "rich", "json" or "quiet".
     """
@@ -74,7 +75,7 @@ class SimEnv:
         """Run the job to its end. Raises JobFailed or JobStopped, which name the run folder, if it does not get there."""
         roster = self.roster()
         recipe.check_sites(len(roster))
-        model, framework = recipe.first_model()
+        model, _ = recipe.first_model()
         workers = min(self.workers or os.cpu_count() or 1, len(roster))
         console = Console(self.console)
         folder = self._open_folder(recipe, roster, workers, console)
@@ -82,16 +83,13 @@ class SimEnv:
         states: Mapping[str, bytes] = {}
         if restored is not None:
             model, states = restored
-        staff = Staff(
-            code=recipe.sites_run(),
-            roster=roster,
+        staff = Staff.of(
+            recipe,
+            roster,
             job_id=recipe.name,
-            seed=recipe.seed,
-            filters=recipe.filters,
-            framework=framework,
-            config=recipe.config,
             site_config=self.site_config,
             threads=self.threads,
+            job=str(folder.path / JOB),
             logs=str(folder.path / "logs"),
         )
 
@@ -123,6 +121,8 @@ class SimEnv:
             try:
                 recipe.export(job)
             except ConfigError as error:
+                if self.threads > 1:
+                    raise
                 console.show(
                     {"event": "message", "level": "warning", "text": f"{error}. It runs, but cannot be resumed from its folder alone."}
                 )

@@ -67,8 +67,6 @@ class TorchAdapter:
 
     def limit_threads(self, threads: int) -> None:
         torch.set_num_threads(threads)
-        if threads > 1:  # a process forked from one whose threads have computed hangs at its first shared work: let it be here
-            torch.ones(1 << 20).sum()
 
     def thread_state(self) -> bool:
         return torch.is_grad_enabled()

@@ -26,6 +26,7 @@ FORMAT = 1
 CODE = "code"
 MODEL = "model.safetensors"
 _VERSIONED = ("hanse", "numpy", "torch", "scikit-learn")
+_importing: list[Path] = []
 _PARSERS: Mapping[str, Callable[[str], Any]] = {".yaml": yaml.safe_load, ".json": json.loads, ".toml": tomllib.loads}
 
 
@@ -181,9 +182,19 @@ def _import_file(path: Path) -> ModuleType:
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    _importing.append(path)
     try:
         spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
+    finally:
+        _importing.pop()
     return module
+
+
+def check_not_importing() -> None:
+    """Raises ConfigError while a job's code is being imported: a file that runs its own job then would do so without end."""
+    if _importing:
+        name = _importing[-1].name
+        raise ConfigError(f'{name} runs a job when it is imported: put that part under `if __name__ == "__main__":`, below the app')

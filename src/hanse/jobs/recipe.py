@@ -16,7 +16,7 @@ from hanse.client.script import Script
 from hanse.cohort import Cohort
 from hanse.errors import ConfigError
 from hanse.filters import Filters
-from hanse.jobs.bundle import JobFile, Sources, versions, write_folder
+from hanse.jobs.bundle import JobFile, Sources, check_not_importing, versions, write_folder
 from hanse.jobs.parts import describe_part
 from hanse.messages.codec import read
 from hanse.messages.flmodel import FLModel
@@ -156,6 +156,7 @@ class Recipe:
 
     def execute(self, env: Environment[R_co]) -> R_co:
         """Run the job in `env`, a SimEnv say, to its end. Raises JobFailed if it does not do what it was asked."""
+        check_not_importing()
         return env.execute(self)
 
 

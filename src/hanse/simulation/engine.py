@@ -16,11 +16,11 @@ from typing import Any
 from hanse.aggregation.aggregator import Aggregator
 from hanse.client.script import Script
 from hanse.cohort import GROUPS, fold_group
-from hanse.errors import ConfigError, Failure, LinkBroken
+from hanse.errors import Failure, LinkBroken
 from hanse.jobs.parts import describe_part
 from hanse.messages.codec import decode, decode_update, encode_task
 from hanse.messages.update import Update
-from hanse.simulation.worker import Begin, Close, Closed, End, Ready, Run, Staff, decode_answer, encode_order, serve, settle_in
+from hanse.simulation.worker import Begin, Close, Closed, End, Run, Staff, decode_answer, encode_order, work
 from hanse.site.script import Ending
 from hanse.transport.courier import Ask, Folded
 from hanse.transport.memory import Body, MemoryLink, Received, SharedBody, map_shared
@@ -29,7 +29,6 @@ TRIES = 3
 """So many times a group of sites is run whose worker dies before it is given up."""
 AHEAD = 4
 """Partial sums that wait for an earlier group: at most this many for each worker."""
-READY_WITHIN_S = 20.0
 CLOSE_WITHIN_S = 10.0
 
 
@@ -68,7 +67,6 @@ class _Worker:
     pid: int
     link: MemoryLink
     orders: deque[_Order] = field(default_factory=deque)
-    ready: asyncio.Event = field(default_factory=asyncio.Event)
     closed: asyncio.Future[tuple[Ending, ...]] | None = None
 
 
@@ -96,18 +94,7 @@ class SimulatedSites:
 
     async def __aenter__(self) -> SimulatedSites:
         for slot in range(self._count):
-            self._workers.append(self._fork(slot))
-        if self._staff.threads > 1:
-            try:
-                async with asyncio.timeout(READY_WITHIN_S):
-                    await asyncio.gather(*(worker.ready.wait() for worker in self._workers))
-            except TimeoutError:
-                for worker in self._workers:
-                    self._end(worker)
-                raise ConfigError(
-                    f"worker processes with {self._staff.threads} threads did not start within {READY_WITHIN_S:g} s.",
-                    hint="A process that has computed with threads cannot be forked so: use threads=1, or `hanse run` of the exported job.",
-                ) from None
+            self._workers.append(self._start(slot))
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -129,8 +116,8 @@ class SimulatedSites:
         asking = self._begin(ask, [(site,) for site in ask.sites], fold=None)
         try:
             for _ in ask.sites:
-                group, updates, _body = await asking.results.get()
-                asking.done_with(group)
+                _group, updates, _body = await asking.results.get()
+                asking.head += 1  # in any order: nothing waits for an earlier one
                 self._dispatch()
                 yield updates[0]
         finally:
@@ -212,9 +199,12 @@ class SimulatedSites:
         """What this worker does next; nothing if all that is left is better kept for others, or lies too far ahead."""
         anyones = self._orders[-1]
         queue = self._orders[slot] or (anyones if depth == 1 or len(anyones) > self._count else None)
-        if not queue or queue[0].group >= queue[0].asking.head + AHEAD * self._count:
+        if not queue:
             return None
-        return queue.popleft()
+        asking = queue[0].asking
+        if asking.ask.hurried:  # nothing may wait behind a site that never answers
+            return queue.popleft() if depth == 1 else None
+        return queue.popleft() if queue[0].group < asking.head + AHEAD * self._count else None
 
     def _give(self, slot: int, order: _Order) -> None:
         asking = order.asking
@@ -248,9 +238,6 @@ class SimulatedSites:
 
     def _take(self, worker: _Worker, received: Received) -> None:
         answer = decode_answer(received.message)
-        if isinstance(answer, Ready):
-            worker.ready.set()
-            return
         if isinstance(answer, Closed):
             if worker.closed is not None:
                 worker.closed.set_result(answer.endings)
@@ -264,33 +251,25 @@ class SimulatedSites:
 
     # the workers
 
-    def _fork(self, slot: int) -> _Worker:
+    def _start(self, slot: int) -> _Worker:
+        """A new worker: forked from this process, which takes no time and shares its memory; if it is to compute with several threads,
+        a fresh interpreter, since threads do not survive a fork."""
         here, there = MemoryLink.pair()
         sys.stdout.flush()
         sys.stderr.flush()
-        pid = os.fork()
-        if pid == 0:
-            self._be_worker(there, [here, *(worker.link for worker in self._workers)])
+        if self._staff.threads > 1:
+            there.socket.set_inheritable(True)
+            command = [sys.executable, "-m", "hanse.simulation.worker", str(there.socket.fileno())]
+            pid = os.posix_spawn(sys.executable, command, os.environ)
+            here.send(encode_order(self._staff.hello()))
+        elif (pid := os.fork()) == 0:
+            asyncio._set_running_loop(None)
+            for link in (here, *(worker.link for worker in self._workers)):
+                link.close()
+            work(there, lambda: self._staff, 1)
         there.close()
         asyncio.get_running_loop().add_reader(here.socket, self._hear, slot)
         return _Worker(pid, here)
-
-    def _be_worker(self, link: MemoryLink, others: list[MemoryLink]) -> None:
-        """In the forked process: never returns."""
-        status = 1
-        try:
-            asyncio._set_running_loop(None)
-            settle_in(self._staff.threads)
-            for other in others:
-                other.close()
-            serve(link, self._staff)
-            status = 0
-        except BaseException as error:
-            sys.excepthook(type(error), error, error.__traceback__)
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
 
     def _end(self, worker: _Worker) -> int:
         """Kill a worker, if it is not dead already. Returns its wait status."""
@@ -305,7 +284,7 @@ class SimulatedSites:
         """Put a new worker in a dead one's place; its orders run again, save those of the ask `but`, which has been given up."""
         worker = self._workers[slot]
         code = os.waitstatus_to_exitcode(self._end(worker))
-        self._workers[slot] = self._fork(slot)
+        self._workers[slot] = self._start(slot)
         why = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         if but is None:
             self._warn(f"worker process {worker.pid} {why}: a new one takes its place, and what it was at runs again")

@@ -6,11 +6,12 @@ import ctypes
 import gc
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 import threadpoolctl  # type: ignore[import-untyped]
@@ -22,17 +23,38 @@ from hanse.client.session import SiteInfo
 from hanse.cohort import fold_group
 from hanse.errors import LinkBroken
 from hanse.filters import Filters
+from hanse.jobs.loading import read_job
 from hanse.jobs.parts import part_of
+from hanse.jobs.recipe import Recipe
 from hanse.messages.codec import decode, decode_task, encode, encode_update
 from hanse.messages.flmodel import FLModel
 from hanse.messages.task import TaskId
 from hanse.messages.update import Update
+from hanse.simulation.roster import NamedSites, NumberedSites
 from hanse.site.runner import SiteRunner
 from hanse.site.script import Ending
 from hanse.transport.courier import Roster
 from hanse.transport.memory import INLINE_BYTES, MemoryLink, Received, SharedBody, map_shared
 
 _THREAD_SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+
+
+class Hello(msgspec.Struct, tag=True):
+    """The first message to a worker that was not forked: the job's folder, and the rest of `Staff` that is not in it."""
+
+    job: str
+    job_id: str
+    names: int | list[str]
+    site_config: dict[str, dict[str, Any]]
+    threads: int
+    logs: str
+
+    def staff(self) -> Staff:
+        """What the message stands for; the job's code is imported."""
+        roster = NumberedSites(self.names) if isinstance(self.names, int) else NamedSites(self.names)
+        return Staff.of(
+            read_job(self.job), roster, job_id=self.job_id, site_config=self.site_config, threads=self.threads, job=self.job, logs=self.logs
+        )
 
 
 class Begin(msgspec.Struct, tag=True):
@@ -62,10 +84,6 @@ class Close(msgspec.Struct, tag=True):
     """Let the scripts end, then end."""
 
 
-class Ready(msgspec.Struct, tag=True):
-    """The worker is there, and can compute with as many threads as it was told."""
-
-
 class Done(msgspec.Struct, tag=True):
     """One run is done. With `fold`, the updates come without parameters and the body is the partial sum; else the body is the update."""
 
@@ -81,8 +99,8 @@ class Closed(msgspec.Struct, tag=True):
     endings: tuple[Ending, ...]
 
 
-ToWorker = Begin | Run | End | Close
-FromWorker = Ready | Done | Closed
+ToWorker = Hello | Begin | Run | End | Close
+FromWorker = Done | Closed
 _encode = msgspec.msgpack.Encoder(enc_hook=lambda value: value.item()).encode
 _decode = msgspec.msgpack.Decoder(ToWorker).decode
 decode_answer = msgspec.msgpack.Decoder(FromWorker).decode
@@ -91,7 +109,7 @@ encode_order = _encode
 
 @dataclass(frozen=True, kw_only=True)
 class Staff:
-    """What every worker of a simulation is told when it is forked."""
+    """What every worker of a simulation knows from the start."""
 
     code: App | Script
     roster: Roster
@@ -102,16 +120,67 @@ class Staff:
     config: Mapping[str, Any] = field(default_factory=dict)
     site_config: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     threads: int = 1
+    job: str = ""
+    """The job's folder, for workers that are not forked."""
     logs: str = ""
     """The folder for what sites print, one file a site."""
+
+    @classmethod
+    def of(
+        cls, recipe: Recipe, roster: Roster, *, job_id: str, site_config: Mapping[str, Mapping[str, Any]], threads: int, job: str, logs: str
+    ) -> Staff:
+        """The staff for a recipe's job."""
+        return cls(
+            code=recipe.sites_run(),
+            roster=roster,
+            job_id=job_id,
+            seed=recipe.seed,
+            filters=recipe.filters,
+            framework=recipe.first_model()[1],
+            config=recipe.config,
+            site_config=site_config,
+            threads=threads,
+            job=job,
+            logs=logs,
+        )
+
+    def hello(self) -> Hello:
+        """This, as a message to a process that can read the job's folder."""
+        names = len(self.roster) if isinstance(self.roster, NumberedSites) else list(self.roster)
+        return Hello(
+            self.job, self.job_id, names, {site: dict(config) for site, config in self.site_config.items()}, self.threads, self.logs
+        )
 
     def info(self, site: str) -> SiteInfo:
         config = {**self.config, **self.site_config.get(site, {})}
         return SiteInfo(site, self.roster.index(site), len(self.roster), self.job_id, self.seed, config)
 
 
+def main() -> None:
+    """A worker process that was not forked: `python -m hanse.simulation.worker DESCRIPTOR`, a socket on which the engine says Hello."""
+    link = MemoryLink(socket.socket(fileno=int(sys.argv[1])))
+    hello = _decode(link.receive().message)
+    assert isinstance(hello, Hello)
+    work(link, hello.staff, hello.threads)
+
+
+def work(link: MemoryLink, staff: Callable[[], Staff], threads: int) -> NoReturn:
+    """Be a worker until the engine says Close or is gone; then the process ends, at once and without unwinding what it was forked from."""
+    status = 1
+    try:
+        settle_in(threads)
+        serve(link, staff())
+        status = 0
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
 def settle_in(threads: int) -> None:
-    """Make a forked process a worker: die with the parent, leave Ctrl-C to it, and compute with so many threads."""
+    """Make this process a worker: die with the parent, leave Ctrl-C to it, and compute with so many threads."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -128,7 +197,6 @@ def serve(link: MemoryLink, staff: Staff) -> None:
     """Do what the engine says until it says Close, or is gone."""
     runner = SiteRunner(staff.code, filters=staff.filters, framework=staff.framework, sink=_log_to(Path(staff.logs)))
     tasks: dict[int, _MappedTask] = {}
-    link.send(_encode(Ready()))
     while True:
         try:
             received = link.receive()
@@ -200,3 +268,7 @@ def _run(link: MemoryLink, staff: Staff, runner: SiteRunner, mapped: _MappedTask
         return
     partial, light = fold_group(updates(), part_of("aggregators", run.fold), mapped.task, staff.filters.server_in, staff.seed)
     link.send(_encode(Done(run.ask, run.group, after(), light)), [] if partial is None else encode(partial))
+
+
+if __name__ == "__main__":
+    main()

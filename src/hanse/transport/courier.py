@@ -20,11 +20,13 @@ class Ask:
     """One task for many sites. `key` is the part of a task's id that its sites share: job, commit, index.
 
     groups: the asked sites by rank, in the fixed groups that are folded one by one; their order is the canonical order.
+    hurried: there is a deadline, so no site should wait for another one that may never answer.
     """
 
     task: Task
     key: tuple[str, int, int]
     groups: tuple[tuple[str, ...], ...]
+    hurried: bool = False
 
     def task_id(self, site: str) -> TaskId:
         return TaskId(*self.key, site)
