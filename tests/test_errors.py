@@ -39,7 +39,7 @@ def test_too_few_updates_lists_every_reason_above_the_hint() -> None:
 @pytest.mark.parametrize(
     ("error", "failure", "text"),
     [
-        (WireError("cut", offset=3, hint="Send again."), Failure("WireError", "at byte 3: cut", "Send again."), "WireError: at byte 3: cut Send again."),
+        (WireError("cut", offset=3, hint="Send."), Failure("WireError", "at byte 3: cut", "Send."), "WireError: at byte 3: cut Send."),
         (ValueError("no data"), Failure("ValueError", "no data"), "ValueError: no data"),
         (KeyError(), Failure("KeyError", "no message"), "KeyError: no message"),
         (KeyboardInterrupt(), Failure("KeyboardInterrupt", "no message"), "KeyboardInterrupt: no message"),

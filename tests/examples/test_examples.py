@@ -21,7 +21,7 @@ EXAMPLES = ROOT / "examples"
 def run_example(name: str, folder: Path, *, data: Path | str = "/nowhere") -> str:
     """What it prints. It must exit with status 0 and say nothing on standard error."""
     environment = os.environ | {"HANSE_DATA": str(data), "PYTHONHASHSEED": "0"}
-    done = subprocess.run([sys.executable, EXAMPLES / name], cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, EXAMPLES / name], cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 

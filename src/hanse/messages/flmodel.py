@@ -49,7 +49,5 @@ class FLModel:
             value = getattr(self, name)
             if value is None:
                 setattr(self, name, {})
-            elif type(value) is not dict and not isinstance(value, Mapping):
-                raise ConfigError(
-                    f"{name} is a {type(value).__name__}: it must map names to {'numbers' if name == 'metrics' else 'values'}"
-                )
+            elif type(value) is not dict and name != "optimizer_params" and not isinstance(value, Mapping):
+                raise ConfigError(f"{name} is a {type(value).__name__}: it must be a mapping of names")

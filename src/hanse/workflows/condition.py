@@ -52,7 +52,7 @@ class Goal:
 
     def __post_init__(self) -> None:
         match = _GOAL.fullmatch(self.text)
-        if match is None:
+        if match is None or (match["goal"] is None and match["metric"] in ("max", "min")):
             raise ConfigError(f"{self.text!r} is no goal: write 'max' or 'min' and a metric, such as 'max accuracy'")
         object.__setattr__(self, "metric", match["metric"])
         object.__setattr__(self, "lowest", match["goal"] == "min")

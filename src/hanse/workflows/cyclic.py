@@ -49,7 +49,7 @@ async def cyclic(
         for site in sites:
             task = Task(TRAIN, replace(model, current_round=round, total_rounds=rounds), config or {})
             try:
-                reduced = await cohort.reduce(task, WeightedMean(), of=[site], within_s=within_s)
+                reduced = await cohort.reduce(task, WeightedMean("equal"), of=[site], within_s=within_s)
             except TooFewUpdates as error:
                 reasons |= error.reasons
             else:

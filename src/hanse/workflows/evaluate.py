@@ -32,15 +32,18 @@ async def cross_site_evaluation(
     Raises TooFewUpdates if fewer than `min_updates` sites (default: all) score a model; a site without a model of its own is left out.
     """
     async for _ in cohort.rounds(model, 1):
-        own = await _score(cohort, model, min_updates, within_s)
-        table = {SERVER: _by_site(own)}
+        table: dict[str, dict[str, Mapping[str, float]]] = {}
+        metrics: Mapping[str, float] = {}
+        if model.params is not None:
+            own = await _score(cohort, model, min_updates, within_s)
+            table[SERVER], metrics = _by_site(own), own.metrics
         for site in cohort.sites:
-            async for handed_in in cohort.ask(Task(SUBMIT_MODEL, model), of=[site], within_s=within_s, min_updates=0):
-                if handed_in.failure is None:
-                    theirs = SGD().step(model, handed_in.model)
-                    table[site] = _by_site(await _score(cohort, theirs, min_updates, within_s))
+            handed_in = await cohort.reduce(Task(SUBMIT_MODEL, model), WeightedMean("equal"), of=[site], within_s=within_s, min_updates=0)
+            if handed_in.model.params is not None:
+                theirs = SGD().step(model, handed_in.model)
+                table[site] = _by_site(await _score(cohort, theirs, min_updates, within_s))
         cohort.event("cross_site", scores=table)
-        model = await cohort.commit(model, own.metrics)
+        model = await cohort.commit(model, metrics)
     return model
 
 
