@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -13,9 +14,9 @@ from hanse.cohort import Cohort
 from hanse.errors import ConfigError
 from hanse.jobs.bundle import digest, digests, job_file, versions
 from hanse.jobs.loading import read_job
-from hanse.jobs.recipe import Recipe
+from hanse.jobs.recipe import Recipe, json_values
 from hanse.messages.flmodel import FLModel
-from hanse.server.console import Console
+from hanse.server.console import MODES, Console
 from hanse.server.run import Run
 from hanse.server.run_folder import RunFolder, open_run
 from hanse.server.runner import run_to_end
@@ -25,6 +26,7 @@ from hanse.simulation.worker import Staff
 from hanse.transport.courier import Roster
 
 JOB = "job"
+SITE_NAME = re.compile(r"[^/\x00-\x1f\x7f]{1,100}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,16 +54,22 @@ class SimEnv:
     def __post_init__(self) -> None:
         if (self.num_clients is None) == (not self.sites):
             raise ConfigError("SimEnv needs either num_clients, a number of sites, or sites, their names")
-        if len(set(self.sites)) < len(self.sites) or not all(name and "/" not in name for name in self.sites):
-            raise ConfigError(f"sites is {list(self.sites)!r}: give each site a name of its own, without /")
+        named = not isinstance(self.sites, str) and all(isinstance(name, str) and SITE_NAME.fullmatch(name) for name in self.sites)
+        if not named or len(set(self.sites)) < len(self.sites):
+            raise ConfigError(f"sites is {self.sites!r}: give a list of different names, each of 1 to 100 printable characters, without /")
         for name in ("num_clients", "workers", "threads"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"SimEnv has {name}={value!r}: it must be a whole number from 1")
         if not hasattr(os, "fork"):
             raise ConfigError("SimEnv forks its workers, which this system cannot: use Linux, macOS, or WSL on Windows")
+        if self.console not in MODES:
+            raise ConfigError(f"SimEnv has console={self.console!r}: it must be one of {', '.join(MODES)}")
+        if not isinstance(self.site_config, Mapping):
+            raise ConfigError(f"site_config is {self.site_config!r}: it must map sites to their JSON values")
         roster = self.roster()
-        for site in self.site_config:
+        for site, config in self.site_config.items():
+            json_values(f"site_config of {site!r}", config)
             try:
                 roster.index(site)
             except ValueError as error:

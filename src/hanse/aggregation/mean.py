@@ -34,7 +34,7 @@ class WeightedMean:
         A weight lies between 1e-30 and 1e30. Zero is rejected: a site without data has nothing to add.
     threads: how many share the adding of large tensors. The result has the same bits for any number.
 
-    Names and shapes of an update are those of the reference; its dtypes too, or narrower floats (float16 for float32). It may leave
+    Names and shapes of an update are those of the reference; its dtypes too, or floats of another width. It may leave
     out the names it lists in `meta["excluded"]`: each name's mean is over the sites that sent it. It may send the tensors of a nested
     model by their flat names. What is no tensor (None, numbers inline) must equal the reference's; strings and bytes have no mean and
     are rejected. Without a reference, the first site in the order of names is the measure. An update without params only adds metrics.
@@ -305,10 +305,10 @@ class _Form:
             expected = self.kinds[name]
             if kind.shape != expected.shape:
                 raise UpdateRejected(f"{term.where}: tensor {name!r} has shape {kind.shape}, in {self.whose} it is {expected.shape}.")
-            if kind.dtype != expected.dtype and not _is_narrower_float(kind.dtype, expected.dtype):
+            if kind.dtype != expected.dtype and not (_is_float(kind.dtype) and _is_float(expected.dtype)):
                 raise UpdateRejected(
                     f"{term.where}: tensor {name!r} has dtype {kind.dtype}, in {self.whose} it is {expected.dtype}.",
-                    hint=f"Send it as {expected.dtype}; narrower floats are taken too." if _is_float(expected.dtype) else "",
+                    hint=f"Send it as {expected.dtype}.",
                 )
 
 
@@ -383,10 +383,6 @@ def _usable_metrics(model: FLModel, weight: float, where: str) -> dict[str, floa
 
 def _is_float(dtype: np.dtype[Any]) -> bool:
     return dtype.name.startswith(("float", "bfloat"))  # ml_dtypes' floats have kind V
-
-
-def _is_narrower_float(dtype: np.dtype[Any], than: np.dtype[Any]) -> bool:
-    return _is_float(dtype) and _is_float(than) and dtype.itemsize < than.itemsize
 
 
 @cache

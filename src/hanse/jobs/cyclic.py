@@ -7,7 +7,7 @@ from functools import partial
 from typing import ClassVar, get_args
 
 from hanse.errors import ConfigError
-from hanse.jobs.recipe import Recipe, Workflow, positive
+from hanse.jobs.recipe import Recipe, Workflow, counts, positive
 from hanse.workflows.condition import Condition, Goal
 from hanse.workflows.cyclic import Order, cyclic
 
@@ -33,7 +33,9 @@ class CyclicRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(self, rounds=self.rounds, min_updates=self.min_updates, within_s=self.within_s)
+        self.must_handle("train")
+        counts(self, rounds=self.rounds, min_updates=self.min_updates)
+        positive(self, within_s=self.within_s)
         if self.order not in get_args(Order):
             raise ConfigError(f"recipe {self.name!r} has order={self.order!r}: it must be one of {', '.join(get_args(Order))}")
         self.workflow()

@@ -7,7 +7,7 @@ from functools import partial
 from typing import ClassVar
 
 from hanse.errors import ConfigError
-from hanse.jobs.recipe import Recipe, Workflow, positive
+from hanse.jobs.recipe import Recipe, Workflow, counts, positive
 from hanse.workflows.evaluate import cross_site_evaluation, federated_evaluation
 
 
@@ -28,10 +28,11 @@ class FedEvalRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(self, min_updates=self.min_updates, within_s=self.within_s)
-        needed = ["evaluate", *(["submit_model"] if self.cross_site else [])]
-        if self.app is not None and (missing := [task for task in needed if not self.app.handles(task)]):
-            raise ConfigError(f"recipe {self.name!r} needs an app that handles {missing[0]!r}, and this one does not")
+        counts(self, min_updates=self.min_updates)
+        positive(self, within_s=self.within_s)
+        if not isinstance(self.cross_site, bool):
+            raise ConfigError(f"recipe {self.name!r} has cross_site={self.cross_site!r}: it must be True or False")
+        self.must_handle("evaluate", *(["submit_model"] if self.cross_site else []))
         if self.model is None and not self.cross_site:
             raise ConfigError(f"recipe {self.name!r} has no model to evaluate: give model=")
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from hanse.aggregation.aggregator import Aggregator
 from hanse.aggregation.mean import WeightedMean
 from hanse.aggregation.server_optimizer import Adam, ServerOptimizer
-from hanse.jobs.recipe import Recipe, Workflow, positive
+from hanse.jobs.recipe import Recipe, Workflow, counts, part, positive
 from hanse.workflows.condition import Condition, Goal
 from hanse.workflows.fedavg import fedavg
 
@@ -43,14 +43,10 @@ class FedAvgRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(
-            self,
-            rounds=self.rounds,
-            sites_per_round=self.sites_per_round,
-            min_updates=self.min_updates,
-            within_s=self.within_s,
-            grace_s=self.grace_s,
-        )
+        self.must_handle("train")
+        counts(self, rounds=self.rounds, sites_per_round=self.sites_per_round, min_updates=self.min_updates)
+        positive(self, within_s=self.within_s, grace_s=self.grace_s)
+        part(self, "aggregator", "merge")
         self._arguments()
 
     def _arguments(self) -> dict[str, Any]:
@@ -99,6 +95,10 @@ class FedOptRecipe(FedAvgRecipe):
     kind: ClassVar[str] = "fedopt"
 
     server_optimizer: ServerOptimizer = field(default_factory=Adam)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        part(self, "server_optimizer", "step")
 
     def workflow(self) -> Workflow:
         return partial(fedavg, server_optimizer=self.server_optimizer, **self._arguments())

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import msgspec
 
 from hanse.app import App
-from hanse.client.framework import params_of, to_arrays
+from hanse.client.framework import load_adapter, params_of, to_arrays
 from hanse.client.script import Script
 from hanse.cohort import Cohort
 from hanse.errors import ConfigError
@@ -60,21 +61,28 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.name.replace("-", "").replace("_", "").isalnum():
+        if not isinstance(self.name, str) or not self.name.replace("-", "").replace("_", "").isalnum():
             raise ConfigError(f"name is {self.name!r}: use letters, digits, - and _")
         if (self.app is None) == (self.script is None):
             raise ConfigError(f"recipe {self.name!r} must have what the sites run: either app=, an App, or script=, the path of a script")
         if self.app is not None and not isinstance(self.app, App):
             raise ConfigError(f"app is a {type(self.app).__name__}: it must be a hanse.App")
-        if isinstance(self.argv, str):
-            raise ConfigError(f"argv is the string {self.argv!r}: give a list of arguments, such as ['--epochs', '1']")
-        if not isinstance(self.seed, int) or self.seed < 0:
+        for name, kind, example in (("argv", str, "['--epochs', '1']"), ("code", str | Path, "['net.py']")):
+            value = getattr(self, name)
+            if not isinstance(value, list | tuple) or not all(isinstance(each, kind) for each in value):
+                raise ConfigError(f"{name} is {value!r}: give a list of strings, such as {example}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ConfigError(f"seed is {self.seed!r}: it must be a whole number from 0")
+        if not isinstance(self.filters, Filters):
+            raise ConfigError(f"filters is {self.filters!r}: give Filters(...), which says at which edge each one stands")
+        json_values("config", self.config)
         for path in self.code:
             if not Path(path).exists():
                 raise ConfigError(f"code names {str(path)!r}, which does not exist")
         if self.script is not None:
-            _compiles(Path(self.script))
+            _compiles(self.script)
+        if self.framework is not None:
+            load_adapter(self.framework)
         self.first_model()
 
     def sites_run(self) -> App | Script:
@@ -90,18 +98,28 @@ class Recipe:
             if not Path(model).is_file():
                 raise ConfigError(f"model names the file {str(model)!r}, which does not exist")
             model = read(Path(model))[0]
-        if not isinstance(model, FLModel):
-            params, found = params_of(model)
-            framework = framework or found
-            model = FLModel(params=to_arrays(params))
-        if model.params is not None:
-            flatten(model.params)
-        return model, framework
+        about = model if isinstance(model, FLModel) else FLModel(model)
+        params, found = about.params, None
+        if about is not model or isinstance(params, Mapping):
+            params, found = params_of(params)
+        params = to_arrays(params)
+        if params is not None:
+            flatten(params)
+        # Whatever it went through elsewhere, such as the rounds of another run, here it is at its beginning.
+        return replace(about, params=params, metrics={}, current_round=None, total_rounds=None), framework or found
+
+    def must_handle(self, *tasks: str) -> None:
+        """Raises ConfigError if the app has no function for one of these tasks; what a script does shows only when it runs."""
+        for task in tasks:
+            if self.app is not None and not self.app.handles(task):
+                raise ConfigError(f"recipe {self.name!r} needs an app with a function for {task!r}, and this one has none")
 
     def evaluates(self, wanted: bool | None) -> bool:
         """Whether sites are asked to evaluate each new model: by default, if the app can. A script does so only if it is said."""
-        if wanted and self.app is not None and not self.app.handles("evaluate"):
-            raise ConfigError(f"recipe {self.name!r} has evaluate=True and its app no @app.evaluate")
+        if wanted is not None and not isinstance(wanted, bool):
+            raise ConfigError(f"recipe {self.name!r} has evaluate={wanted!r}: it must be True, False or None")
+        if wanted:
+            self.must_handle("evaluate")
         return (self.app is not None and self.app.handles("evaluate")) if wanted is None else wanted
 
     def workflow(self) -> Workflow:
@@ -176,6 +194,7 @@ class WorkflowRecipe(Recipe):
         super().__post_init__()
         if not inspect.iscoroutinefunction(self.run):
             raise ConfigError(f"run is {self.run!r}: it must be an async function (cohort, model, …)")
+        json_values("arguments", self.arguments)
         try:
             inspect.signature(self.run).bind(None, None, **self.arguments)
         except TypeError as error:
@@ -202,6 +221,30 @@ def positive(recipe: Recipe, **values: float | None) -> None:
             raise ConfigError(f"recipe {recipe.name!r} has {name}={value!r}: it must be a number above 0")
 
 
+def counts(recipe: Recipe, **values: int | None) -> None:
+    """Raises ConfigError for the first value that is neither None nor a whole number above 0; `rounds` may not be None."""
+    for name, value in values.items():
+        if (value is None and name == "rounds") or (value is not None and (type(value) is not int or value < 1)):
+            raise ConfigError(f"recipe {recipe.name!r} has {name}={value!r}: it must be a whole number above 0")
+
+
+def part(recipe: Recipe, name: str, method: str) -> None:
+    """Raises ConfigError if the recipe's field `name` is no object with that method."""
+    value = getattr(recipe, name)
+    if isinstance(value, type) or not callable(getattr(value, method, None)):
+        raise ConfigError(f"recipe {recipe.name!r} has {name}={value!r}: it must be an object with a method {method}")
+
+
+def json_values(name: str, values: Mapping[str, Any]) -> None:
+    """Raises ConfigError if `values` does not map texts to JSON values."""
+    if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"{name} is {values!r:.80}: it must map names to JSON values")
+    try:
+        json.dumps(dict(values))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name} must hold JSON values only: {error}") from error
+
+
 _COMMON = {field.name for field in fields(Recipe)}
 
 
@@ -225,10 +268,10 @@ def _filters_as_data(filters: Filters) -> dict[str, list[dict[str, Any]]]:
     return described
 
 
-def _compiles(script: Path) -> None:
-    if not script.is_file():
+def _compiles(script: str | Path) -> None:
+    if not isinstance(script, str | Path) or not Path(script).is_file():
         raise ConfigError(f"script names {str(script)!r}, which does not exist")
     try:
-        compile(script.read_bytes(), str(script), "exec")
+        compile(Path(script).read_bytes(), str(script), "exec")
     except (SyntaxError, ValueError) as error:
         raise ConfigError(f"script {str(script)!r} is not valid Python: {error}") from error

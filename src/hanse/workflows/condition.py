@@ -25,7 +25,7 @@ class Condition:
     bound: float = field(init=False)
 
     def __post_init__(self) -> None:
-        match = _CONDITION.fullmatch(self.text)
+        match = _CONDITION.fullmatch(self.text) if isinstance(self.text, str) else None
         try:
             bound = float(match["bound"]) if match else math.nan
         except ValueError:
@@ -51,7 +51,7 @@ class Goal:
     lowest: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        match = _GOAL.fullmatch(self.text)
+        match = _GOAL.fullmatch(self.text) if isinstance(self.text, str) else None
         if match is None or (match["goal"] is None and match["metric"] in ("max", "min")):
             raise ConfigError(f"{self.text!r} is no goal: write 'max' or 'min' and a metric, such as 'max accuracy'")
         object.__setattr__(self, "metric", match["metric"])
