@@ -7,6 +7,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,68 @@ def data_folder() -> Path:
     if not DATA.is_dir():
         pytest.skip(f"no data sets at {DATA}; set HANSE_DATA")
     return DATA
+
+
+# Both depend on every kind of randomness there is, and on what a site keeps between rounds.
+
+APP = """
+import random
+import numpy as np
+from hanse import App, FLModel
+
+app = App()
+
+@app.train
+def train(model, site):
+    rounds = site.state["rounds"] = site.state.get("rounds", 0) + 1
+    w = model.params["w"] + site.rng.normal(size=3) + np.random.normal(size=3) * rounds + random.random()
+    return FLModel({"w": w.astype("f4")}, metrics={"loss": float(w[0]), "rounds": rounds}, meta={"examples": 10 + site.rank})
+"""
+SCRIPT = """
+import random, sys
+import numpy as np
+import hanse.client as flare
+
+flare.init()
+rank, rounds = flare.system_info()["rank"], 0
+while flare.is_running():
+    model, rounds = flare.receive(), rounds + 1
+    w = model.params["w"] + np.random.normal(size=3) * rounds * float(sys.argv[1]) + random.random()
+    flare.send(flare.FLModel({"w": w.astype("f4")}, metrics={"loss": float(w[0]), "rounds": rounds}, meta={"steps": rank + 1}))
+"""
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[[str], Any]:
+    """Writes Python code to a file of its own and imports it."""
+
+    def load(code: str) -> Any:
+        path = tmp_path / "loaded" / f"module_{len(list(tmp_path.glob('loaded/*.py')))}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(code)
+        spec = spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture
+def app(load: Callable[[str], Any]) -> App:
+    """Adds noise to "w", three numbers, and counts its rounds."""
+    found: App = load(APP).app
+    return found
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    """The same as a script. Its argument scales the noise."""
+    path = tmp_path / "train.py"
+    path.write_text(SCRIPT)
+    return path
 
 
 @dataclass

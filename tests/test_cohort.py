@@ -544,11 +544,10 @@ async def test_who_leaves_early_ends_the_workers_that_are_at_it(federate: Any, n
         before = federation.sites.pids
         async with aclosing(federation.cohort.ask(Task("train", TASK.model, {"wait": True}))) as updates:
             assert (await anext(updates)).site == "site-1"
-        after = federation.sites.pids
-        assert len(set(before) - set(after)) == 1
+        (other,) = set(before) & set(federation.sites.pids)
         reduced = await federation.cohort.reduce(Task("train", TASK.model, {"wait": False}), WeightedMean())
         assert value_of(reduced) == 0.5
-        assert federation.sites.pids == after
+        assert other in federation.sites.pids
         assert federation.warnings == []  # it was not the worker's fault
     os.close(never)
     os.close(writer)

@@ -68,6 +68,8 @@ def main(rounds: int) -> list[float]:
         for name, tensor in params.items():
             torch.add(*(total[name] for total in totals), out=tensor).div_(IMAGES * SITES_PER_ROUND)
         seconds.append(time.perf_counter() - began)
+    for _ in range(PROCESSES):
+        os.wait()
     return seconds[1:]
 
 

@@ -17,6 +17,7 @@ from hanse.errors import ConfigError, Failure, HanseError, TooFewUpdates, Update
 from hanse.filters import Filter, Filters
 from hanse.filters import apply as apply_filters
 from hanse.messages.flmodel import FLModel
+from hanse.messages.params import flatten
 from hanse.messages.task import Task
 from hanse.messages.update import Reduced, Update
 from hanse.seeds import generator
@@ -162,7 +163,7 @@ class Cohort:
         hurried = within_s is not None or grace_s is not None
         ask = self._prepare(task, of, single=hurried, hurried=hurried)
         tally = _Tally(ask.sites, min_updates)
-        total = aggregator.fresh(ask.task.model)
+        total = aggregator.fresh(measure(task.model, ask.task.model))
         waiting: dict[int, Folded] = {}
         updates: list[Update] = []
         merged = 0
@@ -242,30 +243,34 @@ class Cohort:
         key = (self._job_id, self._journal.commits, self._asks)
         self._asks += 1
         model = replace(task.model, optimizer_params={})
+        if self._total is not None:
+            model = replace(model, current_round=self._round, total_rounds=self._total)
         sent = apply_filters(self._filters.server_out, model, reference=model, rng=lambda: generator(self._seed, "server_out", *key))
         groups = group_by_rank(ranks, len(self.sites), single=single)
         return Ask(replace(task, model=sent), key, groups, hurried)
 
     def _note(self, tally: _Tally, update: Update, task: Task) -> None:
         tally.count(update)
+        about = {"model_of": task.config["model_of"]} if "model_of" in task.config else {}  # a model other than the job's
         if update.failure is not None:
             self._journal.event(
                 "failure", round=self._round, task=task.name, site=update.site,
-                code=update.failure.code, message=update.failure.message, hint=update.failure.hint,
+                code=update.failure.code, message=update.failure.message, hint=update.failure.hint, **about,
             )  # fmt: skip
         else:
             meta = update.model.meta
             self._journal.event(
                 "update", round=self._round, task=task.name, site=update.site, seconds=update.seconds,
-                metrics=dict(update.model.metrics), weight=meta.get("examples", meta.get("steps")),
+                metrics=dict(update.model.metrics), weight=meta.get("examples", meta.get("steps")), **about,
             )  # fmt: skip
         for record in update.records:
             self._journal.event(
                 "record", round=self._round, site=update.site, key=record.key, value=record.value, step=record.step, kind=record.kind
             )
-        counts = self._counts.setdefault(task.name, [0, 0])
-        counts[0] += update.failure is None
-        counts[1] += 1
+        if not about:
+            counts = self._counts.setdefault(task.name, [0, 0])
+            counts[0] += update.failure is None
+            counts[1] += 1
         self._journal.progress(tally.good + len(tally.failures), tally.asked)
 
 
@@ -275,6 +280,14 @@ def group_by_rank(ranks: Mapping[str, int], roster: int, *, single: bool = False
     for site, rank in sorted(ranks.items(), key=lambda item: item[1]):
         groups.setdefault(rank if single or roster <= GROUPS else rank * GROUPS // roster, []).append(site)
     return tuple(tuple(group) for group in groups.values())
+
+
+def measure(model: FLModel, sent: FLModel) -> FLModel:
+    """What updates are combined as: of the server's own model, in its own dtypes, the tensors that its filters let out."""
+    if model.params is None or sent.params is None:
+        return sent
+    own, theirs = flatten(model.params)[0], flatten(sent.params)[0]
+    return model if own.keys() == theirs.keys() else replace(model, params={name: own.get(name, array) for name, array in theirs.items()})
 
 
 def admit(update: Update, task: Task, filters: Sequence[Filter], seed: int) -> Update:

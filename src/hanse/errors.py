@@ -19,6 +19,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+LISTED = 10
+"""So many reasons an error's text lists; its attributes hold all."""
+
 
 class HanseError(Exception):
     """The root. `hint` says what to do; it is part of the printed message."""
@@ -57,10 +60,11 @@ class SiteFailed(HanseError):
 
 
 class TooFewUpdates(HanseError):
-    """A round cannot go on. `reasons` maps each site that gave no good update to why."""
+    """A round cannot go on. `reasons` maps each site that gave no good update to why; the text lists the first ten."""
 
     def __init__(self, message: str, *, reasons: Mapping[str, str], hint: str = "") -> None:
-        listed = "".join(f"\n  {site}: {reason}" for site, reason in reasons.items())
+        listed = "".join(f"\n  {site}: {reason}" for site, reason in list(reasons.items())[:LISTED])
+        listed += f"\n  and {len(reasons) - LISTED} more sites" if len(reasons) > LISTED else ""
         super().__init__(message + listed + ("\n " if listed and hint else ""), hint=hint)
         self.reasons = dict(reasons)
 

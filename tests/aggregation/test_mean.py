@@ -264,7 +264,7 @@ def test_an_update_with_a_number_that_is_not_finite_is_left_out(bad, place, fold
             rejected |= aggregator.fold()
     rejected |= aggregator.fold()
     assert list(rejected) == [place]
-    for word in (f"site {place!r}", "round 3", "tensor 'w'", "NaN or inf"):
+    for word in (f"site {place!r}", "round 4", "tensor 'w'", "NaN or inf"):
         assert word in str(rejected[place])
     good = [update(site, params(site), meta={"examples": ord(site)}) for site in "abc" if site != place]
     assert bits(aggregator.result()) == bits(combined(WeightedMean(), good))
@@ -273,7 +273,7 @@ def test_an_update_with_a_number_that_is_not_finite_is_left_out(bad, place, fold
 def test_result_raises_if_folding_leaves_out_the_one_update():
     aggregator = WeightedMean()
     aggregator.add(update("a", {"w": array(math.nan)}))
-    with pytest.raises(UpdateRejected, match="site 'a', round 3: tensor 'w'"):
+    with pytest.raises(UpdateRejected, match="site 'a', round 4: tensor 'w'"):
         aggregator.result()
     assert aggregator.result().params is None
 
@@ -299,7 +299,7 @@ def test_units_must_agree():
     aggregator.add(update("a", {"w": array(1)}, meta={"examples": 3}))
     rejected = aggregator.fold()
     assert list(rejected) == ["b"]  # the first in the order of names is the measure, whatever came first
-    assert "site 'b', round 3: it is weighed by 'steps', that of site 'a' by 'examples'" in str(rejected["b"])
+    assert "site 'b', round 4: it is weighed by 'steps', that of site 'a' by 'examples'" in str(rejected["b"])
     assert aggregator.result().params["w"] == 1
 
 
@@ -307,7 +307,7 @@ def test_full_and_diff_do_not_mix():
     aggregator = WeightedMean()
     aggregator.add(update("a", {"w": array(1)}))
     aggregator.add(update("b", {"w": array(1)}, params_type="DIFF", current_round=8))
-    assert "site 'b', round 8: its params are DIFF, those of site 'a' are FULL" in str(aggregator.fold()["b"])
+    assert "site 'b', round 9: its params are DIFF, those of site 'a' are FULL" in str(aggregator.fold()["b"])
 
 
 def test_partials_that_do_not_go_together_are_rejected_and_change_nothing():
@@ -350,7 +350,7 @@ def test_what_does_not_fit_the_reference_is_rejected_at_once_and_changes_nothing
     aggregator = WeightedMean().fresh(FLModel(REFERENCE))
     with pytest.raises(UpdateRejected) as caught:
         aggregator.add(update("north", params))
-    for word in ["site 'north'", "round 3", *words]:
+    for word in ["site 'north'", "round 4", *words]:
         assert word in str(caught.value)
     aggregator.add(update("north", {"w": array(1, 2), "b": array(3)}))
     assert_array_equal(aggregator.result().params["w"], [1, 2])
@@ -360,7 +360,7 @@ def test_without_a_reference_the_first_site_in_the_order_of_names_is_the_measure
     aggregator = WeightedMean()
     aggregator.add(update("b", {"w": array(1, 2, 3)}))
     aggregator.add(update("a", {"w": array(1, 2)}))
-    assert "site 'b', round 3: tensor 'w' has shape (3,), in the update of site 'a' it is (2,)" in str(aggregator.fold()["b"])
+    assert "site 'b', round 4: tensor 'w' has shape (3,), in the update of site 'a' it is (2,)" in str(aggregator.fold()["b"])
 
 
 def test_without_a_reference_the_first_site_by_name_sets_the_dtype():
@@ -389,7 +389,7 @@ def test_a_wide_float_that_the_sum_cannot_hold_is_an_error():
     ],
 )
 def test_weights_that_cannot_be_used(by, meta, words):
-    with pytest.raises(UpdateRejected, match=f"site 'a', round 3: {words}"):
+    with pytest.raises(UpdateRejected, match=f"site 'a', round 4: {words}"):
         WeightedMean(by).add(update("a", {"w": array(1)}, meta=meta))
 
 
@@ -397,7 +397,7 @@ def test_a_site_counts_once():
     aggregator = WeightedMean()
     aggregator.add(update("a", {"w": array(1)}))
     aggregator.fold()
-    with pytest.raises(UpdateRejected, match="site 'a', round 3: an update of this site is counted already"):
+    with pytest.raises(UpdateRejected, match="site 'a', round 4: an update of this site is counted already"):
         aggregator.add(update("a", {"w": array(1)}))
 
 
@@ -408,7 +408,7 @@ def test_a_failure_is_no_update():
 
 @pytest.mark.parametrize("bad", ["low", None, 10**400])
 def test_a_metric_that_is_no_number(bad):
-    with pytest.raises(UpdateRejected, match="site 'a', round 3: metric 'loss' is "):
+    with pytest.raises(UpdateRejected, match="site 'a', round 4: metric 'loss' is "):
         WeightedMean().add(update("a", None, metrics={"loss": bad}))
 
 
@@ -419,7 +419,7 @@ def test_metrics_too_large_for_a_sum_are_left_out():
 
 @pytest.mark.parametrize("bad", ["w", 5, [5], [["w"]], {"w": 1}])
 def test_excluded_that_is_no_list_of_names(bad):
-    with pytest.raises(UpdateRejected, match=r"site 'a', round 3: meta\["):
+    with pytest.raises(UpdateRejected, match=r"site 'a', round 4: meta\["):
         WeightedMean().add(update("a", {"w": array(1)}, meta={"excluded": bad}))
 
 

@@ -142,7 +142,15 @@ def test_messages_and_cross_site_scores_have_a_line() -> None:
         ]
     )
     assert record["event"] not in text
-    assert text.splitlines() == ["early stop: accuracy >= 0.95", "warning: slow", "cross-site  2 models measured on 2 sites"]
+    assert text.splitlines() == [
+        "early stop: accuracy >= 0.95",
+        "warning: slow",
+        "cross-site  2 models measured on 2 sites",
+        "",
+        "  loss of      a  b",
+        "  global   1.000  –",
+        "  a            –  –",
+    ]
 
 
 def test_sites_cannot_steer_the_terminal() -> None:

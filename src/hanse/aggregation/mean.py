@@ -76,7 +76,7 @@ class WeightedMean:
     def add(self, update: Update) -> None:
         self._must_be_open()
         model = update.model
-        where = f"site {update.site!r}, round {update.task_id.commit if model.current_round is None else model.current_round}"
+        where = f"site {update.site!r}, round {(update.task_id.commit if model.current_round is None else model.current_round) + 1}"
         if update.failure is not None:
             raise UpdateRejected(f"{where}: the site could not do its task: {update.failure}")
         if update.site in self._sites:

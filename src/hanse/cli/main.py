@@ -25,16 +25,25 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object a line
 @app.command()
 def run(
     folder: Annotated[Path, typer.Argument(help="A job folder: job.yaml (or .toml, .json), code, model.safetensors.")],
-    sites: Annotated[int, typer.Option(help="How many sites to simulate.", min=1)] = 2,
+    sites: Annotated[str, typer.Option(help="How many sites to simulate, or their names with commas between.")] = "2",
+    site_config: Annotated[
+        Path | None, typer.Option(help="A YAML, TOML or JSON file: what single sites see in their config, by name.")
+    ] = None,
     workers: Workers = None,
+    threads: Annotated[int, typer.Option(help="How many threads each worker computes with.", min=1)] = 1,
     runs: Annotated[Path, typer.Option(help="Where to make the run folder.")] = Path("runs"),
     json: Json = False,
 ) -> None:
     """Run a job folder, with simulated sites on this machine."""
     from hanse.environments import SimEnv
+    from hanse.jobs.bundle import read_mapping
     from hanse.jobs.loading import read_job
 
-    env = SimEnv(num_clients=sites, workers=workers, runs=runs, console="json" if json else "auto")
+    number = int(sites) if sites.isdecimal() else None
+    names = () if number is not None else tuple(name.strip() for name in sites.split(","))
+    config = read_mapping(site_config) if site_config else {}
+    console = "json" if json else "auto"
+    env = SimEnv(num_clients=number, sites=names, site_config=config, workers=workers, threads=threads, runs=runs, console=console)
     read_job(folder).execute(env)
 
 

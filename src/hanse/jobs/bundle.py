@@ -112,8 +112,8 @@ def read_folder(folder: Path) -> JobFile:
     """What a job folder says, its digests checked. Raises ConfigError, naming the file and the place in it, if something is wrong."""
     path = job_file(folder)
     try:
-        job = msgspec.convert(_PARSERS[path.suffix](path.read_text()), JobFile)
-    except (ValueError, yaml.YAMLError) as error:  # the errors of msgspec, json and tomllib are ValueErrors
+        job = msgspec.convert(read_mapping(path), JobFile)
+    except msgspec.ValidationError as error:
         raise ConfigError(f"{path}: {error}") from error
     if job.hanse != FORMAT:
         raise ConfigError(f"{path} is of format {job.hanse}; this version of Hanse reads {FORMAT}")
@@ -124,6 +124,19 @@ def read_folder(folder: Path) -> JobFile:
                 f"{file} is missing, or not what was exported; if you changed it on purpose, take it out of `digests` in {path.name}"
             )
     return job
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """What a .yaml, .toml or .json file maps names to. Raises ConfigError, naming the place, if it does not."""
+    if path.suffix not in _PARSERS:
+        raise ConfigError(f"{path} is none of {', '.join(_PARSERS)}")
+    try:
+        mapping = _PARSERS[path.suffix](path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:  # the errors of json and tomllib are ValueErrors
+        raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"{path} holds a {type(mapping).__name__}: it must map names to values")
+    return mapping
 
 
 def job_file(folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,15 @@ def read_job(folder: Path | str) -> Recipe:
         "run": None if job.workflow is None else import_name(code, job.workflow),
         "model": None if job.model is None else below(folder, job.model),
     }
+    kind = kinds("recipes")[job.recipe]
+    if unknown := job.arguments.keys() - inspect.signature(kind).parameters.keys():
+        known = ", ".join(name for name in inspect.signature(kind).parameters)
+        raise ConfigError(f"{job_file(folder)}: recipe {job.recipe} has no argument {min(unknown)!r}; it has {known}")
     try:
-        recipe = kinds("recipes")[job.recipe](
+        recipe = kind(
             name=job.name,
             argv=tuple(job.argv),
+            code=tuple(path for path in sorted(code.iterdir()) if path.name != "__pycache__"),
             config=job.config,
             framework=job.framework,
             filters=Filters(**{edge: tuple(part_of("filters", part) for part in parts) for edge, parts in job.filters.items()}),
@@ -37,13 +43,13 @@ def read_job(folder: Path | str) -> Recipe:
             **{name: _part(value) for name, value in job.arguments.items()},
             **{name: value for name, value in named.items() if value is not None},
         )
-    except TypeError as error:
+    except (ConfigError, TypeError) as error:
         raise ConfigError(f"{job_file(folder)}: {error}") from error
     assert isinstance(recipe, Recipe)
     return recipe
 
 
 def _part(value: Any) -> Any:
-    if not (isinstance(value, Mapping) and "part" in value):
+    if not (isinstance(value, Mapping) and {"part", "kind"} <= value.keys()):
         return value
     return part_of(str(value["part"]), {name: inner for name, inner in value.items() if name != "part"})

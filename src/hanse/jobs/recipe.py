@@ -131,7 +131,7 @@ class Recipe:
         for name in ("sites_per_round", "min_updates"):
             wanted = getattr(self, name, None)
             if wanted is not None and wanted > count:
-                raise ConfigError(f"recipe {self.name!r} has {name}={wanted}, and there are {count} sites")
+                raise ConfigError(f"recipe {self.name!r} has {name}={wanted}, and the number of sites is {count}")
 
     def total_rounds(self) -> int:
         """How many rounds the job has at most."""

@@ -57,7 +57,17 @@ class Console:
         self._drawn_at = -math.inf
 
     def show(self, event: Event) -> None:
-        """Show one event of `metrics.jsonl`. The event "end" may also hold folder, model, best, report, and resume, a command."""
+        """Show one event of `metrics.jsonl`. The event "end" may also hold folder, model, best, report, and resume, a command.
+
+        If nobody reads any more, as after `| head`, the console falls silent and the job goes on.
+        """
+        try:
+            self._show(event)
+        except BrokenPipeError:
+            self.mode, self._rich = "quiet", None
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())  # so that nothing is left to fail at exit
+
+    def _show(self, event: Event) -> None:
         if self.mode == "json":
             self._file.write(json.dumps(_json_value(event)) + "\n")
             self._file.flush()
@@ -74,9 +84,7 @@ class Console:
             case "round":
                 self._round(event)
             case "cross_site":
-                scores = event.get("scores") or {}
-                sites = {site for row in scores.values() for site in row}
-                self._print(("cross-site  ", "bold"), (f"{plural(len(scores), 'model')} measured on {plural(len(sites), 'site')}", ""))
+                self._cross_site(event.get("scores") or {})
             case "message":
                 level = str(event.get("level", "info"))
                 style = {"warning": "yellow", "error": "red"}.get(level, "")
@@ -144,6 +152,18 @@ class Console:
             parts += [(f"  {name} ", "dim"), (value, "")]
             room -= len(text)
         self._print(*parts)
+
+    def _cross_site(self, scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+        """A table for each metric, models down and sites across, where there are few."""
+        sites = sorted({site for row in scores.values() for site in row}, key=in_order)
+        self._print(("cross-site  ", "bold"), (f"{plural(len(scores), 'model')} measured on {plural(len(sites), 'site')}", ""))
+        if max(len(sites), len(scores)) > MAX_SITES + 1:
+            return
+        for metric in dict.fromkeys(metric for row in scores.values() for metrics in row.values() for metric in metrics):
+            rows = [[model, *(number(row.get(site, {}).get(metric)) for site in sites)] for model, row in scores.items()]
+            self._print()
+            for index, line in enumerate(_aligned([[f"{metric} of", *sites], *rows], self._width)):
+                self._print((line, "bold" if index == 0 else ""))
 
     def _end(self, event: Event) -> None:
         self._sum_up_failures()
@@ -237,7 +257,8 @@ class _Sites:
             row.failures += 1
 
     def add(self, event: Event) -> None:
-        metrics = {_heading(name, event): value for name, value in (event.get("metrics") or {}).items()}
+        measured = {} if event.get("model_of") else event.get("metrics") or {}  # another model's stand in the cross-site table
+        metrics = {_heading(name, event): value for name, value in measured.items()}
         seconds = as_number(event.get("seconds"))
         if row := self.row(str(event.get("site", ""))):
             row.seconds.add(seconds)

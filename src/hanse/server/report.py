@@ -166,7 +166,7 @@ class History:
         row.last_round = round
         row.weight = row.weight if event.get("weight") is None else event["weight"]
         self.seconds.setdefault(task, Columns()).add(index, round + 1, seconds)
-        if metrics := event.get("metrics"):
+        if (metrics := event.get("metrics")) and not event.get("model_of"):  # another model's stand in the cross-site table
             row.last[task] = metrics
             for name, value in metrics.items():
                 if (amount := as_number(value)) is not None:

@@ -56,8 +56,12 @@ class Run:
         """Print what came of the job, as it was printed when it ran. `console`: "auto", "plain", "rich", "json" or "quiet"."""
         screen, facts = Console(console), self.facts
         closing = {"folder": str(self.folder), "model": facts["model"] and str(self.folder / facts["model"]), "best": facts["best"]}
+        closing |= {"resume": f"hanse resume {self.folder}", "report": str(self.folder / "report.html")}
         for event in read_events(self.folder / "metrics.jsonl"):
             screen.show({**event, **closing} if event["event"] == "end" else event)
+        if facts["status"] == "running":
+            text = f"The job has not ended. If its process is gone, go on with: hanse resume {self.folder}"
+            screen.show({"event": "message", "level": "info", "text": text})
 
     def _model(self, name: str) -> FLModel:
         path = self.folder / name

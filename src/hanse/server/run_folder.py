@@ -119,12 +119,12 @@ class RunFolder:
             model = read(self.path / COMMIT)[0]
             write(self.path / MODEL, replace(model, params=model.params["model"], optimizer_params={}))
             self.facts["model"] = MODEL
-            if status == "completed":
-                (self.path / COMMIT).unlink()
         end = {"event": "end", "time": time.time(), "status": status, "reason": reason}
         self._pending.append(json.dumps(end) + "\n")
         self._write_events()
         self.write_facts(status=status, reason=reason, ended=end["time"])
+        if status == "completed":
+            (self.path / COMMIT).unlink(missing_ok=True)  # not before it is known that nothing is left to do
         self._listen(end | self._closing(status))
 
     def _closing(self, status: str) -> dict[str, Any]:

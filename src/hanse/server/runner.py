@@ -28,7 +28,7 @@ def run_to_end(job: Callable[[], Awaitable[object]], folder: RunFolder) -> None:
         raise JobStopped(f"job {name!r} was {reason}.", folder=str(folder.path), hint=f"Go on with: hanse resume {folder.path}") from None
     except HanseError as error:
         folder.finish("failed", str(error))
-        raise JobFailed(f"job {name!r} failed: {error}", folder=str(folder.path)) from error
+        raise JobFailed(f"job {name!r} failed: {error}", folder=str(folder.path)) from None
     except Exception as error:
         folder.event("message", level="error", text=traceback.format_exc())
         at = traceback.extract_tb(error.__traceback__)[-1]
@@ -45,9 +45,16 @@ def _on_a_loop(job: Callable[[], Awaitable[object]]) -> None:
         task = asyncio.current_task()
         assert task is not None
         running.append((asyncio.get_running_loop(), task))
-        if threading.current_thread() is threading.main_thread():
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-        await job()
+        if threading.current_thread() is not threading.main_thread():
+            await job()
+            return
+        before = signal.getsignal(signal.SIGTERM)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        try:
+            await job()
+        finally:
+            asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
     running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[None]]] = []
     if asyncio._get_running_loop() is None:

@@ -20,7 +20,7 @@ from hanse.errors import Failure, LinkBroken
 from hanse.jobs.parts import describe_part
 from hanse.messages.codec import decode, decode_update, encode_task
 from hanse.messages.update import Update
-from hanse.simulation.worker import Begin, Close, Closed, End, Run, Staff, decode_answer, encode_order, work
+from hanse.simulation.worker import Begin, Close, Closed, End, Run, Staff, decode_answer, encode_order, preload, work
 from hanse.site.script import Ending
 from hanse.transport.courier import Ask, Folded
 from hanse.transport.memory import Body, MemoryLink, Received, SharedBody, map_shared
@@ -85,7 +85,7 @@ class SimulatedSites:
         self._count = workers
         self._warn = warn
         self._lanes = isinstance(staff.code, Script)
-        self._workers: list[_Worker] = []
+        self._workers: list[_Worker | None] = [None] * workers
         self._orders: list[deque[_Order]] = [deque() for _ in range(workers + 1)]  # by lane, the last for any worker
         self._asks = 0
         self._active: set[_Asking] = set()
@@ -93,8 +93,10 @@ class SimulatedSites:
         """What each site keeps across rounds, as frames, after the last task it did."""
 
     async def __aenter__(self) -> SimulatedSites:
+        if self._staff.threads == 1:
+            preload(self._staff.code, self._staff.framework)
         for slot in range(self._count):
-            self._workers.append(self._start(slot))
+            self._workers[slot] = self._start(slot)
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -102,14 +104,18 @@ class SimulatedSites:
             if kind is None:
                 await self._close_gently()
         finally:
-            for worker in self._workers:
+            for worker in self._living:
                 self._end(worker)
-            self._workers = []
+            self._workers = [None] * self._count
 
     @property
     def pids(self) -> list[int]:
         """The workers' process ids."""
-        return [worker.pid for worker in self._workers]
+        return [worker.pid for worker in self._living]
+
+    @property
+    def _living(self) -> list[_Worker]:
+        return [worker for worker in self._workers if worker is not None]
 
     async def ask(self, ask: Ask) -> AsyncGenerator[Update, None]:
         """See `Courier.ask`. Each update's arrays are shared memory of their own, freed with them."""
@@ -180,8 +186,8 @@ class SimulatedSites:
         self._active.discard(asking)
         self._orders = [deque(order for order in orders if order.asking is not asking) for orders in self._orders]
         for slot, worker in enumerate(self._workers):
-            if any(order.asking is asking for order in worker.orders):
-                self._replace(slot, but=asking)
+            if worker is not None and any(order.asking is asking for order in worker.orders):
+                self._bury(slot, but=asking)
             elif slot in asking.told:
                 self._send(slot, End(asking.number))
         asking.body.close()
@@ -191,9 +197,10 @@ class SimulatedSites:
         """Give every worker something to do, and one thing more while there is plenty, so that none waits for this process."""
         for depth in (1, 2):
             for slot, worker in enumerate(self._workers):
-                while len(worker.orders) < depth and (order := self._next_order(slot, depth)) is not None:
-                    worker.orders.append(order)
-                    self._give(slot, order)
+                busy = 0 if worker is None else len(worker.orders)
+                for _ in range(busy, depth):
+                    if (order := self._next_order(slot, depth)) is not None:
+                        self._give(slot, order)
 
     def _next_order(self, slot: int, depth: int) -> _Order | None:
         """What this worker does next; nothing if all that is left is better kept for others, or lies too far ahead."""
@@ -207,7 +214,10 @@ class SimulatedSites:
         return queue.popleft() if queue[0].group < asking.head + AHEAD * self._count else None
 
     def _give(self, slot: int, order: _Order) -> None:
+        """Hand an order to a worker, started for it if there is none: one that dies as it starts is given up with its orders."""
         asking = order.asking
+        worker = self._workers[slot] = self._workers[slot] or self._start(slot)
+        worker.orders.append(order)
         states = {site: self.states[site] for site in order.sites if site in self.states}
         if slot not in asking.told:
             asking.told.add(slot)
@@ -216,24 +226,27 @@ class SimulatedSites:
 
     def _send(self, slot: int, message: Begin | Run | End | Close, body: SharedBody | None = None) -> None:
         """To a worker that is alive; if it has just died, its link's end will be noticed and its orders given again."""
-        link = self._workers[slot].link
-        try:
+        if (worker := self._workers[slot]) is None:
+            return
+        with contextlib.suppress(LinkBroken):
             if body is None:
-                link.send(encode_order(message))
+                worker.link.send(encode_order(message))
             else:
-                link.send_shared(encode_order(message), body)
-        except LinkBroken:
-            pass
+                worker.link.send_shared(encode_order(message), body)
 
     # the answers
 
     def _hear(self, slot: int) -> None:
         worker = self._workers[slot]
+        assert worker is not None
         try:
             for received in worker.link.receive_ready():
                 self._take(worker, received)
         except LinkBroken:
-            self._replace(slot)
+            if worker.closed is not None:
+                self._has_ended(worker)
+                return
+            self._bury(slot)
         self._dispatch()
 
     def _take(self, worker: _Worker, received: Received) -> None:
@@ -264,7 +277,7 @@ class SimulatedSites:
             here.send(encode_order(self._staff.hello()))
         elif (pid := os.fork()) == 0:
             asyncio._set_running_loop(None)
-            for link in (here, *(worker.link for worker in self._workers)):
+            for link in (here, *(worker.link for worker in self._living)):
                 link.close()
             work(there, lambda: self._staff, 1)
         there.close()
@@ -280,11 +293,12 @@ class SimulatedSites:
         worker.link.close()
         return status
 
-    def _replace(self, slot: int, *, but: _Asking | None = None) -> None:
-        """Put a new worker in a dead one's place; its orders run again, save those of the ask `but`, which has been given up."""
+    def _bury(self, slot: int, *, but: _Asking | None = None) -> None:
+        """Clear up after a dead worker: its orders wait for a new one, save those of the ask `but`, which has been given up."""
         worker = self._workers[slot]
+        assert worker is not None
         code = os.waitstatus_to_exitcode(self._end(worker))
-        self._workers[slot] = self._start(slot)
+        self._workers[slot] = None
         why = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         if but is None:
             self._warn(f"worker process {worker.pid} {why}: a new one takes its place, and what it was at runs again")
@@ -302,15 +316,25 @@ class SimulatedSites:
             else:
                 self._orders[-1 if order.lane is None else order.lane].appendleft(order)
 
+    def _has_ended(self, worker: _Worker) -> None:
+        """A worker that was told to close is gone; one that died before its scripts had ended is not waited for."""
+        asyncio.get_running_loop().remove_reader(worker.link.socket)
+        if worker.closed is not None and not worker.closed.done():
+            worker.closed.set_result(())
+            self._warn(f"worker process {worker.pid} died while its scripts ran to their end")
+
     async def _close_gently(self) -> None:
         """Let scripts run to their end, for a while."""
         if not self._lanes:
             return
         loop = asyncio.get_running_loop()
         for slot, worker in enumerate(self._workers):
-            worker.closed = loop.create_future()
-            self._send(slot, Close())
-        futures = [worker.closed for worker in self._workers if worker.closed is not None]
+            if worker is not None:
+                worker.closed = loop.create_future()
+                self._send(slot, Close())
+        futures = [worker.closed for worker in self._living if worker.closed is not None]
+        if not futures:
+            return
         _, late = await asyncio.wait(futures, timeout=CLOSE_WITHIN_S)
         for future in futures:
             for ending in () if future in late else future.result():

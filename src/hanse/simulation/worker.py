@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -10,6 +11,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,8 +19,8 @@ import msgspec
 import threadpoolctl  # type: ignore[import-untyped]
 
 from hanse.app import App
-from hanse.client.framework import loaded
-from hanse.client.script import Script
+from hanse.client.framework import load_adapter, loaded
+from hanse.client.script import Script, imported_modules
 from hanse.client.session import SiteInfo
 from hanse.cohort import fold_group
 from hanse.errors import LinkBroken
@@ -162,6 +164,16 @@ def main() -> None:
     hello = _decode(link.receive().message)
     assert isinstance(hello, Hello)
     work(link, hello.staff, hello.threads)
+
+
+def preload(code: App | Script, framework: str | None) -> None:
+    """Import what the sites' code will, before the workers are forked: once for all of them, and in memory that they share."""
+    if framework is not None:
+        load_adapter(framework)
+    if isinstance(code, Script):
+        for name in imported_modules(code.path):
+            with contextlib.suppress(Exception):  # the script will say so itself, to whom it concerns
+                import_module(name)
 
 
 def work(link: MemoryLink, staff: Callable[[], Staff], threads: int) -> NoReturn:

@@ -7,7 +7,6 @@ over: so an answer's arrays need no copy, and are good until then. A script that
 
 from __future__ import annotations
 
-import ast
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from typing import Any
 from greenlet import GreenletExit, getcurrent, greenlet  # type: ignore[import-untyped]
 
 from hanse.client.framework import GROUP, loaded, seed_all
-from hanse.client.script import Script
+from hanse.client.script import Script, imported_modules
 from hanse.client.session import SiteInfo, enter
 from hanse.errors import ConfigError, Failure, SiteFailed
 from hanse.messages.flmodel import FLModel
@@ -102,7 +101,8 @@ class ScriptHost:
 
     def _start(self, info: SiteInfo, records: list[Record]) -> None:
         if not self._ready:  # or the first site's first lines would not find its framework seeded, and the others' would
-            for framework in _frameworks(self._script.path):
+            roots = {name.partition(".")[0] for name in imported_modules(self._script.path)}
+            for framework in roots & entry_points(group=GROUP).names:
                 import_module(framework)
             self._ready = True
         self._plays[info.name] = _Play(self._script, info)
@@ -143,7 +143,7 @@ class _Play:
         self.session = _SiteSession(info)
         self.waits = False
         self._script = script
-        self._argv = [str(script.path), *script.argv]
+        self._argv = [str(script.path), *script.argv_of(info)]
         self._module = ModuleType("__main__")
         self._module.__file__ = str(script.path)
         self._greenlet = greenlet(self._run)
@@ -239,15 +239,3 @@ class _SiteSession:
 @lru_cache(maxsize=16)
 def _compiled(path: Path) -> CodeType:
     return compile(path.read_bytes(), str(path), "exec", dont_inherit=True)
-
-
-def _frameworks(path: Path) -> set[str]:
-    """The frameworks with an adapter that a script imports, itself or by modules that lie beside it."""
-    files, imported = [path], set[str]()
-    for file in files:
-        for node in ast.walk(ast.parse(file.read_bytes(), str(file))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
-            imported.update(name.partition(".")[0] for name in names)
-        files += [beside for name in imported if (beside := file.with_name(f"{name}.py")).is_file() and beside not in files]
-    return imported & entry_points(group=GROUP).names

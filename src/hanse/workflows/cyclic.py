@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Literal
 
 from hanse.aggregation.mean import WeightedMean
@@ -13,7 +12,8 @@ from hanse.errors import TooFewUpdates
 from hanse.messages.flmodel import FLModel
 from hanse.messages.task import TRAIN, Task
 from hanse.workflows.condition import Condition, Goal
-from hanse.workflows.fedavg import ACCURACY, score
+from hanse.workflows.evaluate import score
+from hanse.workflows.fedavg import ACCURACY
 
 Order = Literal["fixed", "random"]
 
@@ -47,9 +47,8 @@ async def cyclic(
         scores, trained = WeightedMean(), 0
         reasons: dict[str, str] = {}
         for site in sites:
-            task = Task(TRAIN, replace(model, current_round=round, total_rounds=rounds), config or {})
             try:
-                reduced = await cohort.reduce(task, WeightedMean("equal"), of=[site], within_s=within_s)
+                reduced = await cohort.reduce(Task(TRAIN, model, config or {}), WeightedMean("equal"), of=[site], within_s=within_s)
             except TooFewUpdates as error:
                 reasons |= error.reasons
             else:
@@ -61,7 +60,7 @@ async def cyclic(
             raise TooFewUpdates(f"round {round + 1}: {trained} of {len(sites)} sites trained, {needed} needed.", reasons=reasons)
         metrics = dict(scores.result().metrics)
         if evaluate:
-            metrics |= await score(cohort, model, round, rounds, within_s=within_s, min_updates=min_updates)
+            metrics |= (await score(cohort, model, min_updates=min_updates, within_s=within_s)).metrics
             await cohort.keep_best(model, metrics, best.metric, lowest=best.lowest)
         model = await cohort.commit(model, metrics)
     return model

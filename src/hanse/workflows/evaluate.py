@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from hanse.aggregation.mean import WeightedMean
 from hanse.aggregation.server_optimizer import SGD
@@ -18,7 +18,7 @@ SERVER = "server"
 async def federated_evaluation(cohort: Cohort, model: FLModel, *, min_updates: int | None = None, within_s: float | None = None) -> FLModel:
     """Every site scores `model` on its own data; the committed metrics are the weighted mean. The model is returned as it came."""
     async for _ in cohort.rounds(model, 1):
-        scored = await _score(cohort, model, min_updates, within_s)
+        scored = await score(cohort, model, min_updates=min_updates, within_s=within_s)
         model = await cohort.commit(model, scored.metrics)
     return model
 
@@ -35,20 +35,32 @@ async def cross_site_evaluation(
         table: dict[str, dict[str, Mapping[str, float]]] = {}
         metrics: Mapping[str, float] = {}
         if model.params is not None:
-            own = await _score(cohort, model, min_updates, within_s)
+            own = await score(cohort, model, min_updates=min_updates, within_s=within_s)
             table[SERVER], metrics = _by_site(own), own.metrics
         for site in cohort.sites:
             handed_in = await cohort.reduce(Task(SUBMIT_MODEL, model), WeightedMean("equal"), of=[site], within_s=within_s, min_updates=0)
             if handed_in.model.params is not None:
                 theirs = SGD().step(model, handed_in.model)
-                table[site] = _by_site(await _score(cohort, theirs, min_updates, within_s))
+                table[site] = _by_site(await score(cohort, theirs, model_of=site, min_updates=min_updates, within_s=within_s))
         cohort.event("cross_site", scores=table)
         model = await cohort.commit(model, metrics)
     return model
 
 
-async def _score(cohort: Cohort, model: FLModel, min_updates: int | None, within_s: float | None) -> Reduced:
-    return await cohort.reduce(Task(EVALUATE, model), WeightedMean(), min_updates=min_updates, within_s=within_s)
+async def score(
+    cohort: Cohort,
+    model: FLModel,
+    *,
+    model_of: str = SERVER,
+    of: Iterable[str] | None = None,
+    min_updates: int | None = None,
+    within_s: float | None = None,
+    grace_s: float | None = None,
+) -> Reduced:
+    """The model's metrics at each site in `of` (default: all), and their weighted mean. `model_of` names the model, for the record."""
+    config = {} if model_of == SERVER else {"model_of": model_of}
+    task = Task(EVALUATE, model, config)
+    return await cohort.reduce(task, WeightedMean(), of=of, min_updates=min_updates, within_s=within_s, grace_s=grace_s)
 
 
 def _by_site(scored: Reduced) -> dict[str, Mapping[str, float]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from hanse.aggregation.aggregator import Aggregator
@@ -11,8 +10,9 @@ from hanse.aggregation.mean import WeightedMean
 from hanse.aggregation.server_optimizer import SGD, ServerOptimizer
 from hanse.cohort import Cohort
 from hanse.messages.flmodel import FLModel
-from hanse.messages.task import EVALUATE, TRAIN, Task
+from hanse.messages.task import TRAIN, Task
 from hanse.workflows.condition import Condition, Goal
+from hanse.workflows.evaluate import score
 
 ACCURACY = Goal("max accuracy")
 
@@ -37,16 +37,16 @@ async def fedavg(
 
     sites_per_round: drawn anew each round; None asks all.
     config: rides in each training task, such as FedProx's `proximal_mu`.
-    evaluate: ask all sites, after each round, to evaluate the new model. Without it, the metrics that come with the updates are taken as
+    evaluate: have as many sites, drawn anew, evaluate each new model. Without it, the metrics that come with the updates are taken as
         those of the model the sites received, and the last model is not scored.
     best, stop_when: which model to keep as the best; when to end early. Both look at the metrics averaged over sites.
     Raises TooFewUpdates if fewer than `min_updates` sites (default: all that were asked) train in a round.
     """
     aggregator = aggregator or WeightedMean()
     optimizer = server_optimizer or SGD()
-    async for round in cohort.rounds(model, rounds, until=stop_when):
+    async for _ in cohort.rounds(model, rounds, until=stop_when):
         reduced = await cohort.reduce(
-            Task(TRAIN, replace(model, current_round=round, total_rounds=rounds), config or {}),
+            Task(TRAIN, model, config or {}),
             aggregator,
             of=cohort.sample(sites_per_round),
             min_updates=min_updates,
@@ -56,23 +56,9 @@ async def fedavg(
         scored, metrics = model, dict(reduced.metrics)
         model = optimizer.step(model, reduced.model)
         if evaluate:
+            sites = cohort.sample(sites_per_round)
             scored = model
-            metrics |= await score(cohort, model, round, rounds, within_s, grace_s, min_updates)
+            metrics |= (await score(cohort, model, of=sites, min_updates=min_updates, within_s=within_s, grace_s=grace_s)).metrics
         await cohort.keep_best(scored, metrics, best.metric, lowest=best.lowest)
         model = await cohort.commit(model, metrics)
     return model
-
-
-async def score(
-    cohort: Cohort,
-    model: FLModel,
-    round: int,
-    rounds: int,
-    within_s: float | None = None,
-    grace_s: float | None = None,
-    min_updates: int | None = None,
-) -> Mapping[str, float]:
-    """The model's metrics, averaged over the sites' own data."""
-    task = Task(EVALUATE, replace(model, current_round=round, total_rounds=rounds))
-    reduced = await cohort.reduce(task, WeightedMean(), within_s=within_s, grace_s=grace_s, min_updates=min_updates)
-    return reduced.metrics
