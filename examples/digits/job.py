@@ -10,5 +10,5 @@ from hanse import FedAvgRecipe, SimEnv
 if __name__ == "__main__":
     torch.manual_seed(0)  # for the first model
     script = Path(__file__).with_name("train.py")
-    recipe = FedAvgRecipe(name="digits", script=script, argv=["--epochs", "2"], model=Net(), rounds=8)
+    recipe = FedAvgRecipe(name="digits", script=script, argv=["--part", "{rank}", "--parts", "{count}"], model=Net(), rounds=20)
     recipe.execute(SimEnv(num_clients=8))

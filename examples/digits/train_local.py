@@ -16,7 +16,7 @@ class Net(nn.Module):
         return self.layers(x)
 
 
-def digits(part=0, parts=1):
+def digits(part, parts):
     """One of so many equal parts of the 1,797 digits, as images and labels."""
     x, y = load_digits(return_X_y=True)
     return torch.tensor(x[part::parts] / 16, dtype=torch.float32), torch.tensor(y[part::parts])
@@ -29,19 +29,20 @@ def accuracy(net, x, y):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--part", type=int, default=0)
+    parser.add_argument("--parts", type=int, default=1)
     args = parser.parse_args()
-    x, y = digits()
+    x, y = digits(args.part, args.parts)
     seen = len(y) * 4 // 5  # the others are for the accuracy
     net = Net()
-    before = accuracy(net, x[seen:], y[seen:])
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    for _ in range(args.epochs):
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    for _ in range(10):
+        before = accuracy(net, x[seen:], y[seen:])
         for rows in torch.randperm(seen).split(32):
             optimizer.zero_grad()
             nn.functional.cross_entropy(net(x[rows]), y[rows]).backward()
             optimizer.step()
-    print(f"accuracy {before:.3f} before, {accuracy(net, x[seen:], y[seen:]):.3f} after")
+        print(f"accuracy {before:.3f} before, {accuracy(net, x[seen:], y[seen:]):.3f} after")
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ class SimEnv:
                 console.show(
                     {"event": "message", "level": "warning", "text": f"{error}. It runs, but cannot be resumed from its folder alone."}
                 )
-        facts = open_run(path) if self.resume is not None else self._facts(recipe, roster, job)
+        facts = self._facts(recipe, roster, job) if self.resume is None else _facts_of_same_job(path, recipe, roster)
         folder = RunFolder(path, facts | {"workers": workers}, listen=console.show, progress=console.progress)
         folder.write_facts(status="running", reason="")
         return folder
@@ -153,7 +153,7 @@ class SimEnv:
             "environment": described,
             "started": time.time(),
             "seed": recipe.seed,
-            "sites": list(roster) if len(roster) <= 10_000 else {"count": len(roster)},
+            "sites": _sites_as_data(roster),
             "rounds": {"done": 0, "total": recipe.total_rounds()},
             "best": None,
             "metrics": {},
@@ -161,6 +161,21 @@ class SimEnv:
             "versions": versions(),
             "digests": written,
         }
+
+
+def _sites_as_data(roster: Roster) -> list[str] | dict[str, int]:
+    return list(roster) if len(roster) <= 10_000 else {"count": len(roster)}
+
+
+def _facts_of_same_job(path: Path, recipe: Recipe, roster: Roster) -> dict[str, Any]:
+    """The facts of a run to go on with. Raises ConfigError if it cannot be, or if it is not of this job and these sites."""
+    facts = open_run(path)
+    here = {"name": recipe.name, "recipe": recipe.kind, "seed": recipe.seed, "sites": _sites_as_data(roster)}
+    there = {**facts["job"], **facts}
+    for what, value in here.items():
+        if there[what] != value:
+            raise ConfigError(f"{path} is a run of another job: its {what} is {str(there[what]):.80}, and here it is {str(value):.80}")
+    return facts
 
 
 def resume(folder: str | Path, *, console: str = "auto", workers: int | None = None) -> Run:

@@ -47,10 +47,10 @@ def test_digits_as_a_script(tmp_path: Path) -> None:
     run_example("digits/job.py", tmp_path)
     run = finished(tmp_path, "digits")
     assert run.metrics[0]["accuracy"] < 0.3
-    assert run.facts["best"]["value"] > 0.8
+    assert run.facts["best"]["value"] > 0.85
     assert set(run.get_best().params) == {"layers.0.weight", "layers.0.bias", "layers.2.weight", "layers.2.bias"}
     printed_at_a_site = (run.folder / "logs" / "site-8.log").read_text().splitlines()
-    assert len(printed_at_a_site) == len(run.metrics) == 8
+    assert len(printed_at_a_site) == len(run.metrics) == 20
     assert re.fullmatch(r"accuracy 0\.\d{3} before, 0\.\d{3} after", printed_at_a_site[0])
 
 

@@ -172,6 +172,23 @@ def test_the_last_commit_is_there_until_the_run_is_said_to_be_complete(folder: O
     assert lines(tmp_path) == ["end"]
 
 
+def test_facts_follow_the_commit_even_if_it_was_killed_between_the_two(folder: Open, tmp_path: Path) -> None:
+    run = folder()
+    run.commit(model(0))
+    if (pid := os.fork()) == 0:
+        run.write_facts = lambda **_: os._exit(9)  # type: ignore[assignment]
+        run.keep_best(model(1), Best("loss", 0.1, 1))
+        run.commit(model(1))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    assert facts(tmp_path)["rounds"] == {"done": 1, "total": 3}
+    again = folder()
+    again.resume()
+    again.finish("completed")
+    assert facts(tmp_path)["rounds"] == {"done": 2, "total": 3}
+    assert facts(tmp_path)["best"] == {"metric": "loss", "value": 0.1, "round": 1}
+
+
 def test_what_cannot_be_gone_on_with(folder: Open, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is no run folder: it has no run.json"):
         open_run(tmp_path)

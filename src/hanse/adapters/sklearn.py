@@ -36,6 +36,9 @@ class SklearnAdapter:
     def limit_threads(self, threads: int) -> None:
         """Its threads are those of BLAS and OpenMP, which the process limits."""
 
+    def preload(self) -> None:
+        """Its modules are imported one by one, by whoever needs them."""
+
     def thread_state(self) -> None:
         """It holds none."""
 

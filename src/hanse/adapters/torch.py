@@ -68,6 +68,9 @@ class TorchAdapter:
     def limit_threads(self, threads: int) -> None:
         torch.set_num_threads(threads)
 
+    def preload(self) -> None:
+        torch.optim.SGD([torch.zeros(1)])  # the first optimizer of a process imports 800 modules
+
     def thread_state(self) -> bool:
         return torch.is_grad_enabled()
 

@@ -45,6 +45,9 @@ class Adapter(Protocol):
     def limit_threads(self, threads: int) -> None:
         """Let the framework compute with at most so many threads in this process."""
 
+    def preload(self) -> None:
+        """Import what training will need and the framework puts off, so that forked processes share it."""
+
     def thread_state(self) -> Any:
         """What the framework holds per thread and training code may leave changed while it waits, such as "no gradients"."""
 

@@ -82,8 +82,12 @@ class RunFolder:
         tree = {"model": model.params, "states": dict(states)}
         write(self.path / COMMIT, replace(model, params=tree), fields)
         self.commits += 1
+        self.write_facts(**self._reached(model))
+
+    def _reached(self, model: FLModel) -> dict[str, Any]:
+        """What `run.json` says of the last commit."""
         rounds = {"done": (model.current_round or 0) + 1, "total": model.total_rounds}
-        self.write_facts(rounds=rounds, metrics=dict(model.metrics), best=fields["best"])
+        return {"rounds": rounds, "metrics": dict(model.metrics), "best": None if self.best is None else asdict(self.best)}
 
     def keep_best(self, model: FLModel, best: Best) -> None:
         if model.params is not None:
@@ -103,6 +107,7 @@ class RunFolder:
         self.commits = fields["commits"]
         self.best = None if fields["best"] is None else Best(**fields["best"])
         os.truncate(self.path / EVENTS, fields["events"])
+        self.facts |= self._reached(model)  # it may have been killed before it wrote them
         tree = model.params
         return replace(model, params=tree["model"]), tree["states"]
 

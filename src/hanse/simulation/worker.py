@@ -169,7 +169,7 @@ def main() -> None:
 def preload(code: App | Script, framework: str | None) -> None:
     """Import what the sites' code will, before the workers are forked: once for all of them, and in memory that they share."""
     if framework is not None:
-        load_adapter(framework)
+        load_adapter(framework).preload()
     if isinstance(code, Script):
         for name in imported_modules(code.path):
             with contextlib.suppress(Exception):  # the script will say so itself, to whom it concerns
