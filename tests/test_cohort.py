@@ -553,8 +553,13 @@ async def test_who_leaves_early_ends_the_workers_that_are_at_it(federate: Any, n
     os.close(writer)
 
 
+class OwnMean(WeightedMean):
+    """Not registered, so it is added up in the main process."""
+
+
+@pytest.mark.parametrize("aggregator", [WeightedMean(), OwnMean()], ids=["in the workers", "here"])
 @pytest.mark.parametrize(("workers", "stuck"), [(1, 19), (2, 0)])
-async def test_a_site_that_never_answers_holds_up_no_other(federate: Any, workers: int, stuck: int) -> None:
+async def test_a_site_that_never_answers_holds_up_no_other(federate: Any, workers: int, stuck: int, aggregator: WeightedMean) -> None:
     never, writer = os.pipe()
 
     def train(model: FLModel, site: Site) -> FLModel:
@@ -564,7 +569,7 @@ async def test_a_site_that_never_answers_holds_up_no_other(federate: Any, worker
 
     async with federate(train, sites=20, workers=workers) as federation:
         for _ in range(2):
-            reduced = await federation.cohort.reduce(TASK, WeightedMean(), min_updates=19, grace_s=LATE_S)
+            reduced = await federation.cohort.reduce(TASK, aggregator, min_updates=19, grace_s=LATE_S)
             assert value_of(reduced) == (190 - stuck) / 19
             assert reduced.failures.keys() == {f"site-{stuck + 1:02}"}
         updates = [update async for update in federation.cohort.ask(TASK, min_updates=19, grace_s=LATE_S)]

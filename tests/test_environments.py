@@ -42,7 +42,7 @@ MODEL = {"w": np.zeros(3, np.float32)}
         ({"num_clients": 2, "site_config": {"site-1": 3}}, "site_config of 'site-1' is 3"),
         ({"num_clients": 2, "site_config": {"site-1": {"x": {3}}}}, "site_config of 'site-1' must hold JSON values only"),
     ],
-    ids=str,
+    ids=lambda value: value[:50] if isinstance(value, str) else "",
 )  # fmt: skip
 def test_wrong_arguments(wrong: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):

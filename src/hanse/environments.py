@@ -174,7 +174,7 @@ def _facts_of_same_job(path: Path, recipe: Recipe, roster: Roster) -> dict[str, 
     there = {**facts["job"], **facts}
     for what, value in here.items():
         if there[what] != value:
-            raise ConfigError(f"{path} is a run of another job: its {what} is {str(there[what]):.80}, and here it is {str(value):.80}")
+            raise ConfigError(f"{path} is a run of another job: its {what} is {there[what]!s:.80}, and here it is {value!s:.80}")
     return facts
 
 

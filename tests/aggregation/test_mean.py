@@ -371,7 +371,7 @@ def test_without_a_reference_the_first_site_by_name_sets_the_dtype():
 def test_a_wide_float_that_the_sum_cannot_hold_is_an_error():
     aggregator = WeightedMean().fresh(FLModel({"w": array(0)}))
     aggregator.add(update("a", {"w": array(1e300, dtype=np.float64)}))
-    with pytest.raises(UpdateRejected, match="w.*overflows float32"):
+    with pytest.raises(UpdateRejected, match=r"w.*overflows float32"):
         aggregator.result()
 
 

@@ -27,7 +27,7 @@ from hanse.messages.flmodel import FLModel
         ({"stop_when": "accuracy"}, "'accuracy' is no condition"),
         ({"app": App()}, "needs an app with a function for 'train'"),
     ],
-    ids=str,
+    ids=lambda value: value[:50] if isinstance(value, str) else "",
 )
 def test_wrong_arguments(app: App, wrong: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):

@@ -33,7 +33,7 @@ def scoring(*more: str) -> App:
         ({"min_updates": 0}, "min_updates=0"),
         ({"within_s": -1}, "within_s=-1"),
     ],
-    ids=str,
+    ids=lambda value: value[:50] if isinstance(value, str) else "",
 )
 def test_wrong_arguments(wrong: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):

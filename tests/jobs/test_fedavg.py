@@ -33,7 +33,7 @@ from hanse.messages.flmodel import FLModel
         ({"stop_when": 0.9}, "0.9 is no condition"),
         ({"app": App()}, "needs an app with a function for 'train', and this one has none"),
     ],
-    ids=str,
+    ids=lambda value: value[:50] if isinstance(value, str) else "",
 )  # fmt: skip
 def test_wrong_arguments(app: App, wrong: dict[str, Any], says: str) -> None:
     for recipe in (FedAvgRecipe, FedProxRecipe, FedOptRecipe):
