@@ -90,7 +90,7 @@ def test_the_readme_shows_the_lines_that_changed() -> None:
 def test_a_script_runs_alone(name: str, score: str, tmp_path: Path) -> None:
     found = re.search(score, run_example(name, tmp_path))
     assert found is not None
-    assert float(found[1]) > 0.8
+    assert float(found[1]) > 0.6
     assert list(tmp_path.iterdir()) == []
 
 
