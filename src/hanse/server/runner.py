@@ -44,7 +44,6 @@ def _on_a_loop(job: Callable[[], Awaitable[object]]) -> None:
     async def main() -> None:
         task = asyncio.current_task()
         assert task is not None
-        running.append((asyncio.get_running_loop(), task))
         if threading.current_thread() is not threading.main_thread():
             await job()
             return
@@ -56,26 +55,26 @@ def _on_a_loop(job: Callable[[], Awaitable[object]]) -> None:
             asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
-    running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[None]]] = []
     if asyncio._get_running_loop() is None:
         asyncio.run(main())
         return
 
+    loop = asyncio.new_event_loop()
     errors: list[BaseException] = []
 
     def run() -> None:
         try:
-            asyncio.run(main())
+            with asyncio.Runner(loop_factory=lambda: loop) as runner:
+                runner.run(main())
         except BaseException as error:
             errors.append(error)
 
     thread = threading.Thread(target=run, name="hanse-job")
-    thread.start()
     try:
+        thread.start()
         thread.join()
     except KeyboardInterrupt:
-        loop, task = running[0]
-        loop.call_soon_threadsafe(task.cancel)
+        loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(loop)])
         thread.join()
         raise
     if errors:
