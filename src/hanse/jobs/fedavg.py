@@ -23,8 +23,8 @@ class FedAvgRecipe(Recipe):
         while enough are left.
     within_s, grace_s: seconds for a round, and for stragglers once there are enough updates; None: no end.
     aggregator: how updates are combined; `WeightedMean("steps")` weighs by steps, `WeightedMean({"site-1": 2.0, …})` as given.
-    evaluate: whether sites score each new model, as many as train; None: if the app has `@app.evaluate`. Without it, the metrics sent with the updates
-        count, as those of the model the sites received.
+    evaluate: whether sites score each new model, as many as train; None: if the app has `@app.evaluate`. Without it, the metrics sent
+        with the updates count, as those of the model the sites received.
     best: which model is kept as the best, such as "max accuracy" or "min loss". stop_when: a condition that ends the job early, such as
         "accuracy >= 0.95".
     """
