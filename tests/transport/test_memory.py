@@ -138,12 +138,11 @@ def test_a_message_too_long_for_the_socket(ends: tuple[MemoryLink, MemoryLink]) 
     received = b.receive()
     assert (received.message, received.body) == (message, None)
     before = descriptors()
+    for _ in range(2):
+        a.send(message)
+        assert b.receive().message == message
+    assert descriptors() == before  # without a body the slot is given back at once
     assert sent(a, b, b"body", message=message) == b"body"
-    slots = descriptors()
-    assert slots > before  # 4 bytes more than the slot has, which was free again by itself
-    a.send(message)
-    assert b.receive().message == message
-    assert descriptors() == slots
 
 
 def test_one_shared_body_for_many_each_maps_it_privately() -> None:

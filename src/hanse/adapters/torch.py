@@ -37,11 +37,10 @@ class TorchAdapter:
         if not isinstance(value, torch.Tensor):
             raise ConfigError(f"a {type(value).__module__}.{type(value).__name__} cannot travel: send tensors, arrays, numbers or strings")
         try:
-            tensor = value.detach().cpu().resolve_conj().resolve_neg()
-            if foreign := _TO_ARRAY.get(tensor.dtype):
+            if foreign := _TO_ARRAY.get(value.dtype):
                 integer, dtype = foreign
-                return np.asarray(tensor.view(integer).numpy().view(dtype))
-            return np.asarray(tensor.numpy())
+                return np.asarray(value.detach().cpu().view(integer).numpy().view(dtype))
+            return np.asarray(value.numpy(force=True))  # detached, on the CPU, conjugated and negated as it says
         except (TypeError, RuntimeError, NotImplementedError) as error:
             what = f"a tensor of dtype {value.dtype}, layout {value.layout}, on device {value.device}"
             raise ConfigError(f"{what} has no form as an array: {error}", hint="Send a dense tensor, such as x.to_dense().") from error

@@ -103,6 +103,8 @@ class Closed(msgspec.Struct, tag=True):
 
 ToWorker = Hello | Begin | Run | End | Close
 FromWorker = Done | Closed
+_MMAP_FROM_BYTES = 32 << 20
+_KEEP_BYTES = 256 << 20
 _encode = msgspec.msgpack.Encoder(enc_hook=lambda value: value.item()).encode
 _decode = msgspec.msgpack.Decoder(ToWorker).decode
 decode_answer = msgspec.msgpack.Decoder(FromWorker).decode
@@ -197,7 +199,13 @@ def settle_in(threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        libc = ctypes.CDLL(None)
+        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        with contextlib.suppress(
+            AttributeError
+        ):  # glibc only: keep freed memory, since touching new pages costs more than training small models
+            libc.mallopt(-3, _MMAP_FROM_BYTES)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, _KEEP_BYTES)  # M_TRIM_THRESHOLD
     os.environ.update(dict.fromkeys(_THREAD_SETTINGS, str(threads)))
     threadpoolctl.threadpool_limits(threads)
     for adapter in loaded():

@@ -25,7 +25,7 @@ from hanse.site.failure import failure_of
 from hanse.site.output import Output, Sink
 from hanse.site.script import Ending, ScriptHost
 
-_PRIVATE_FROM_BYTES = 1 << 20  # below, a copy is made sooner than a mapping
+_PRIVATE_FROM_BYTES = 32 << 20  # below, a copy is made sooner than a mapping
 
 
 class SiteRunner:
@@ -55,7 +55,7 @@ class SiteRunner:
 
         state: the site's, of function apps; changed in place if the task succeeds.
         private: gives the task's model over writable memory that this site has to itself, such as a copy-on-write mapping, so that its
-            arrays become tensors without a copy. Used for models of 1 MiB or more, where there are no `site_in` filters.
+            arrays become tensors without a copy. Used for models of 32 MiB or more, where there are no `site_in` filters.
         The update's arrays may share memory with those of the code, which may use one model for every site: they are good until the next
         `run`.
         """
@@ -94,12 +94,12 @@ class SiteRunner:
         self, app: App, info: SiteInfo, task: Task, seed: int, streams: tuple[object, ...], state: dict[str, Any], records: list[Record]
     ) -> FLModel:
         config = {**info.config, **task.config}
-        own = copy.deepcopy(state)
+        own = copy.deepcopy(state) if state else {}
         site = Site(info.name, info.rank, info.count, info.job_id, config, own, info.seed, ("site", *streams), records)
         seed_all(seed)
         with self._output.of(info.name):
             answer = app.run(task.name, task.model, site)
-        after = copy.deepcopy(to_arrays(site.state))
+        after = copy.deepcopy(to_arrays(site.state)) if site.state else {}
         _check_state(after)
         state.clear()
         state.update(after)
