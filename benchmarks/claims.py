@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,11 @@ class Claim:
             return self.what, self.hanse, self.bare, f"{self.figure:.3g} {self.unit}", "", ""
         target = f"{'≥' if self.at_least else '≤'} {self.limit:g} {self.unit}"
         return self.what, self.hanse, self.bare, f"{self.figure:.3g} {self.unit}", target, "MISS" if self.missed else "PASS"
+
+
+def ratio(measured: Sequence[float], beside: Sequence[float]) -> float:
+    """The median of the ratios turn by turn: what slows the machine for a while slows both of a turn."""
+    return median(one / other for one, other in zip(measured, beside, strict=True))
 
 
 _HEADINGS = ("claim", "Hanse", "bare", "figure", "target", "")

@@ -11,12 +11,12 @@ from __future__ import annotations
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
 import numpy as np
-from claims import Claim, parser, run
+from claims import Claim, parser, ratio, run
 from processes import MIB, Finished, TreeMemory
 from processes import run as run_process
 
@@ -48,18 +48,18 @@ def measure(options: Namespace) -> Iterator[Claim]:
                 held[kind].append(TreeMemory())
                 run_process(argv, cwd=folder, watch=held[kind][-1])
 
-        yield from _compare("silo: wall time", {kind: median(one.wall_s for one in runs) for kind, runs in timed.items()}, "s", 1.3)
-        yield from _compare("silo: peak memory", {kind: median(one.pss / MIB for one in runs) for kind, runs in held.items()}, "MiB", 2.0)
-        yield from _compare("silo: CPU time", {kind: median(one.cpu_s for one in runs) for kind, runs in timed.items()}, "s")
-        yield from _compare("silo: peak memory as RSS", {kind: median(one.rss / MIB for one in runs) for kind, runs in held.items()}, "MiB")
+        yield from _compare("silo: wall time", {kind: [one.wall_s for one in runs] for kind, runs in timed.items()}, "s", 1.3)
+        yield from _compare("silo: peak memory", {kind: [one.pss / MIB for one in runs] for kind, runs in held.items()}, "MiB", 2.0)
+        yield from _compare("silo: CPU time", {kind: [one.cpu_s for one in runs] for kind, runs in timed.items()}, "s")
+        yield from _compare("silo: peak memory as RSS", {kind: [one.rss / MIB for one in runs] for kind, runs in held.items()}, "MiB")
         yield _same_model(folder)
 
 
-def _compare(what: str, values: Mapping[str, float], unit: str, limit: float | None = None) -> Iterator[Claim]:
-    texts = {kind: f"{value:.2f} {unit}" if unit == "s" else f"{value:.0f} {unit}" for kind, value in values.items()}
+def _compare(what: str, values: Mapping[str, Sequence[float]], unit: str, limit: float | None = None) -> Iterator[Claim]:
+    texts = {kind: f"{median(all):.2f} {unit}" if unit == "s" else f"{median(all):.0f} {unit}" for kind, all in values.items()}
     for kind in (HANSE, ONE_WORKER):
         label = what + kind.removeprefix(HANSE)
-        yield Claim(what=label, hanse=texts[kind], bare=texts[BARE], figure=values[kind] / values[BARE], limit=limit)
+        yield Claim(what=label, hanse=texts[kind], bare=texts[BARE], figure=ratio(values[kind], values[BARE]), limit=limit)
 
 
 def _same_model(folder: Path) -> Claim:

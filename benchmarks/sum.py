@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from claims import Claim, parser, run
+from claims import Claim, parser, ratio, run
 from processes import MIB, AnonymousMemory
 from processes import run as run_process
 
@@ -46,12 +46,12 @@ def measure(options: Namespace) -> Iterator[Claim]:
                     peaks.setdefault((kind, threads), []).append(memory.peak)
                     print(f"{kind} {threads} threads: {seconds[kind, threads][-1][0]:.2f} s, {memory.peak / MIB:.0f} MiB", flush=True)
     for threads in THREADS:
-        mine = moved_gb / median(times[0] for times in seconds["hanse", threads])
-        bare, again = (moved_gb / median(times[which] for times in seconds["torch", threads]) for which in (0, 1))
+        mine = [moved_gb / whole for (whole,) in seconds["hanse", threads]]
+        bare, again = ([moved_gb / times[which] for times in seconds["torch", threads]] for which in (0, 1))
         what = f"sum: GB/s, {threads} thread{'s' if threads > 1 else ''}"
-        yield Claim(what=what, hanse=f"{mine:.1f}", bare=f"{bare:.1f}", figure=mine / bare, limit=0.8, at_least=True)
+        yield Claim(what=what, hanse=f"{median(mine):.1f}", bare=f"{median(bare):.1f}", figure=ratio(mine, bare), limit=0.8, at_least=True)
         what += ", bare in memory that is there already"
-        yield Claim(what=what, hanse=f"{mine:.1f}", bare=f"{again:.1f}", figure=mine / again)
+        yield Claim(what=what, hanse=f"{median(mine):.1f}", bare=f"{median(again):.1f}", figure=ratio(mine, again))
     mine_bytes, torch_bytes = (max(max(peaks[kind, threads]) for threads in THREADS) for kind in ("hanse", "torch"))
     what = f"sum: peak anonymous memory ÷ {model_bytes / MIB:.0f} MiB"
     yield Claim(what=what, hanse=_mib(mine_bytes), bare=_mib(torch_bytes), figure=mine_bytes / model_bytes, limit=1.2)

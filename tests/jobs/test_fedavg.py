@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,24 @@ def test_each_recipes_own_argument_reaches_the_job(tmp_path: Path) -> None:
     assert last(FedProxRecipe(**common, mu=0.25)) == 1.5
     assert last(FedOptRecipe(**common, server_optimizer=SGD(0.5))) == 1.0
     assert last(FedAvgRecipe(**common, config={"proximal_mu": 1})) == 0.0
+
+
+@pytest.mark.parametrize("deadline", [{"grace_s": 0.02}, {"within_s": 1.0}], ids=str)
+def test_deadlines_reach_the_job(deadline: dict[str, float], tmp_path: Path) -> None:
+    never, writer = os.pipe()
+    app = App()
+
+    @app.train
+    def train(model: FLModel, site: Site) -> FLModel:
+        if site.rank == 2:
+            os.read(never, 1)
+        return FLModel({"w": model.params["w"] + 1})
+
+    recipe = FedAvgRecipe(name="a", app=app, rounds=1, model={"w": np.zeros(1)}, min_updates=2, **deadline)  # type: ignore[arg-type]
+    run = recipe.execute(SimEnv(num_clients=3, workers=2, runs=tmp_path, console="quiet"))
+    assert [(event["site"], event["code"]) for event in run.events("failure")] == [("site-3", "DeadlineExceeded")]
+    os.close(never)
+    os.close(writer)
 
 
 def test_an_app_that_can_evaluate_does_unless_told_otherwise(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from hanse.jobs.recipe import Recipe
 from hanse.messages.flmodel import FLModel
 from hanse.messages.task import Task
 from hanse.server.run import Run
+from hanse.simulation.engine import AHEAD
 
 MODEL = {"w": np.zeros(3, np.float32)}
 
@@ -51,38 +52,38 @@ def bits(run: Run) -> bytes:
 
 @pytest.fixture
 def recipe(request: pytest.FixtureRequest, app: App, script: Path) -> FedAvgRecipe:
-    """70 sites, of which 66 are drawn each round."""
+    """150 sites, of which 90 are drawn each round."""
     code: dict[str, Any] = {"app": app} if getattr(request, "param", "app") == "app" else {"script": script, "argv": ["0.5"]}
     filters = Filters(site_out=[ClipNorm(3.0)], server_in=[GaussianNoise(0.1)])
-    return FedAvgRecipe(name="job", model=MODEL, rounds=3, sites_per_round=66, filters=filters, best="min loss", seed=4, **code)
+    return FedAvgRecipe(name="job", model=MODEL, rounds=3, sites_per_round=90, filters=filters, best="min loss", seed=4, **code)
 
 
 @pytest.mark.parametrize("recipe", ["app", "script"], indirect=True)
 def test_any_number_of_workers_gives_the_same_bits(recipe: FedAvgRecipe, execute: Execute, nothing_left: None) -> None:
-    first = execute(recipe, sites=70, workers=1)
+    first = execute(recipe, sites=150, workers=1)
     assert np.ptp(first.get_result().params["w"]) > 0
     for workers in (2, 3, 5):
-        run = execute(recipe, sites=70, workers=workers)
+        run = execute(recipe, sites=150, workers=workers)
         assert run.facts["workers"] == workers
         assert bits(run) == bits(first)
         assert run.metrics == first.metrics
-    assert bits(execute(replace(recipe, seed=5), sites=70)) != bits(first)
+    assert bits(execute(replace(recipe, seed=5), sites=150)) != bits(first)
 
 
 def test_workers_with_several_threads_give_them_too(recipe: FedAvgRecipe, execute: Execute, nothing_left: None) -> None:
     """Those are fresh interpreters, which read the job from its folder."""
-    assert bits(execute(recipe, sites=70, workers=2, threads=2)) == bits(execute(recipe, sites=70))
+    assert bits(execute(recipe, sites=150, workers=2, threads=2)) == bits(execute(recipe, sites=150))
 
 
 @pytest.mark.parametrize("recipe", ["app", "script"], indirect=True)
 def test_an_aggregator_that_is_not_registered_gives_them_too(recipe: FedAvgRecipe, execute: Execute) -> None:
-    assert bits(execute(replace(recipe, aggregator=OwnMean()), sites=70, workers=3)) == bits(execute(recipe, sites=70))
+    assert bits(execute(replace(recipe, aggregator=OwnMean()), sites=150, workers=3)) == bits(execute(recipe, sites=150))
 
 
 def test_a_deadline_that_is_kept_changes_them_no_more_than_by_rounding(recipe: FedAvgRecipe, execute: Execute) -> None:
-    timed = execute(replace(recipe, within_s=100.0), sites=70, workers=1)
-    assert bits(execute(replace(recipe, grace_s=100.0), sites=70, workers=3)) == bits(timed)
-    np.testing.assert_allclose(timed.get_result().params["w"], execute(recipe, sites=70).get_result().params["w"], rtol=1e-5)
+    timed = execute(replace(recipe, within_s=100.0), sites=150, workers=1)
+    assert bits(execute(replace(recipe, grace_s=100.0), sites=150, workers=3)) == bits(timed)
+    np.testing.assert_allclose(timed.get_result().params["w"], execute(recipe, sites=150).get_result().params["w"], rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------------------ dying workers
@@ -151,6 +152,14 @@ def test_a_worker_that_is_killed_costs_nothing(
     assert re.fullmatch(r"worker process \d+ was killed by SIGKILL: a new one takes its place, .*", warning["text"])
 
 
+def test_nor_does_it_where_updates_are_added_up_in_the_main_process(
+    dying: Callable[[str], FedAvgRecipe], execute: Execute, tmp_path: Path
+) -> None:
+    run = execute(replace(dying(f"die_once({str(tmp_path / 'mark')!r})"), aggregator=OwnMean()), workers=3)
+    assert len(run.events("message")) == 1
+    assert bits(run) == bits(execute(dying("pass")))
+
+
 @pytest.mark.parametrize(
     ("what", "why"), [("os.kill(os.getpid(), signal.SIGKILL)", "was killed by SIGKILL"), ("os._exit(7)", "ended with status 7")]
 )
@@ -207,7 +216,7 @@ async def test_a_sites_state_goes_with_it_from_worker_to_worker(federate: Any) -
     assert max(update.model.metrics["workers"] for update in reduced.updates) > 1
 
 
-async def test_an_updates_arrays_are_its_own(federate: Any) -> None:
+async def test_an_updates_arrays_are_its_own(federate: Any, nothing_left: None) -> None:
     """Small ones and large ones stay as they were, whatever comes after them and when the workers are gone."""
 
     def train(model: FLModel, site: Site) -> FLModel:
@@ -222,18 +231,58 @@ async def test_an_updates_arrays_are_its_own(federate: Any) -> None:
             assert update.model.params["small"].tolist() == [rank] * 3
 
 
-async def test_large_models_are_summed_through_slots(federate: Any, nothing_left: None) -> None:
-    size = 1 << 18
+async def test_large_models_are_summed_through_slots_that_are_used_again(federate: Any, nothing_left: None) -> None:
+    size, workers = 1 << 18, 3
 
     def train(model: FLModel, site: Site) -> FLModel:
         return FLModel({"w": model.params["w"] + np.float32(site.rank)})
 
-    async with federate(train, sites=80, workers=3) as federation:
-        model = FLModel({"w": np.zeros(size, np.float32)})
+    async with federate(train, sites=80, workers=workers) as federation:
+        model, before = FLModel({"w": np.zeros(size, np.float32)}), psutil.Process().num_fds()
         for number in range(3):
             reduced = await federation.cohort.reduce(Task("train", model), WeightedMean())
             model = reduced.model
             assert set(model.params["w"].tolist()) == {39.5 * (number + 1)}
+        assert psutil.Process().num_fds() <= before + 2 * AHEAD * workers**2  # of 192 partial sums
+
+
+@pytest.mark.parametrize("aggregator", [WeightedMean(), OwnMean()], ids=["in the workers", "here"])
+async def test_a_groups_updates_are_added_in_the_order_of_ranks(federate: Any, aggregator: WeightedMean) -> None:
+    """The first site answers when the third has: (1 + 1e8) - 1e8 = 0 in float32, and (1e8 - 1e8) + 1 = 1."""
+    reader, writer = os.pipe()
+
+    def train(model: FLModel, site: Site) -> FLModel:
+        if site.rank == 0 and type(aggregator) is OwnMean:
+            os.read(reader, 1)
+        if site.rank == 2:
+            os.write(writer, b"!")
+        return FLModel({"w": np.full(1, [1.0, 1e8, -1e8][site.rank], np.float32)})
+
+    async with federate(train, sites=192) as federation:
+        reduced = await federation.cohort.reduce(Task("train", FLModel()), aggregator, of=["site-003", "site-001", "site-002"])
+    assert reduced.model.params["w"].tolist() == [0.0]
+    os.close(reader)
+    os.close(writer)
+
+
+async def test_a_slow_site_does_not_hold_up_what_is_asked_of_others(federate: Any) -> None:
+    """The first one answers when all others have, save one that may wait behind it."""
+    reader, writer = os.pipe()
+
+    def train(model: FLModel, site: Site) -> FLModel:
+        if site.rank == 0:
+            os.read(reader, 1)
+        return FLModel(metrics={"x": 1.0})
+
+    async with federate(train, sites=30) as federation, asyncio.timeout(30):
+        came = []
+        async for update in federation.cohort.ask(Task("train", FLModel())):
+            came.append(update.site)
+            if len(came) == 28:
+                os.write(writer, b"!")
+    assert "site-01" in came[28:]
+    os.close(reader)
+    os.close(writer)
 
 
 async def test_two_asks_at_once(federate: Any) -> None:
