@@ -1,7 +1,8 @@
 """`device`: a CNN on 1,000 simulated sites, 100 a round, trains at least 0.95 of the sites/s of two bare processes of one thread each.
 
 Hanse has two workers of one thread each. Both use the same training function. They take turns, each time in a new process whose first
-round does not count; what counts is the median of the turns' ratios. A round of Hanse goes from commit to commit, so it holds all that Hanse does.
+round does not count; what counts is the median of the turns' ratios. A round of Hanse goes from commit to commit, so it holds all that
+Hanse does.
 """
 
 from __future__ import annotations

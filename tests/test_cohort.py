@@ -22,7 +22,7 @@ from hanse.aggregation.mean import WeightedMean
 from hanse.app import Site
 from hanse.cohort import GROUPS, Best, Cohort, fold_group, group_by_rank
 from hanse.errors import ConfigError, Failure, TooFewUpdates
-from hanse.filters import ClipNorm, Exclude, Filters, GaussianNoise
+from hanse.filters import CastTo, ClipNorm, Exclude, Filters, GaussianNoise
 from hanse.messages.flmodel import FLModel
 from hanse.messages.task import Task, TaskId
 from hanse.messages.update import Record, Reduced, Update
@@ -478,6 +478,15 @@ async def test_what_leaves_the_server_is_filtered_and_without_the_optimizers_mom
     [sent] = [ask.task.model for ask in opened.desk.asked]
     assert (sent.params.keys(), sent.optimizer_params) == ({"w"}, {})
     assert params.keys() == {"w", "own"}
+
+
+async def test_a_model_sent_in_few_bits_comes_back_in_its_own_dtype(bench: Open) -> None:
+    opened = bench(filters=Filters(server_out=[CastTo("float16")]))
+    for site in ("a", "b"):
+        opened.desk.answer(site, model=FLModel({"w": np.full(1, 2049 if site == "a" else 2048, np.float16)}))
+    reduced = await opened.reduce(of=["a", "b"])
+    assert opened.desk.asked[0].task.model.params["w"].dtype == np.float16
+    assert (reduced.model.params["w"].dtype, value_of(reduced)) == (np.float32, 2048.0)
 
 
 async def test_noise_at_the_server_is_drawn_anew_for_each_ask(bench: Open) -> None:
