@@ -12,6 +12,7 @@ import importlib.resources
 import json
 import math
 import os
+import shlex
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -164,7 +165,8 @@ class History:
         row.seconds += seconds
         row.rounds += round != row.last_round
         row.last_round = round
-        row.weight = row.weight if event.get("weight") is None else event["weight"]
+        if event.get("weight") is not None and (task == "train" or row.weight is None):
+            row.weight = event["weight"]
         self.seconds.setdefault(task, Columns()).add(index, round + 1, seconds)
         if (metrics := event.get("metrics")) and not event.get("model_of"):  # another model's stand in the cross-site table
             row.last[task] = metrics
@@ -258,11 +260,21 @@ def _view(run: Event, history: History, folder: Path) -> dict[str, Any]:
         "logs": history.logs,
         "messages": history.messages,
         "arguments": [(name, _as_text(value)) for name, value in (job.get("arguments") or {}).items()],
-        "resume": history.resume,
+        "versions": sorted({"hanse": run.get("hanse") or "–", **(run.get("versions") or {})}.items()),
+        "again": _again(run, count),
+        "resume": history.resume or f"hanse resume {shlex.quote(str(folder))}",
         "folder": folder.resolve().name,
         "max_text": MAX_TEXT,
         "few": FEW,
     }
+
+
+def _again(run: Event, count: int) -> str:
+    """The command that runs the job anew, with as many sites or those of the same names."""
+    environment = run.get("environment") or {}
+    sites = ",".join(map(str, environment.get("sites") or ())) or str(environment.get("num_clients") or count)
+    threads = f" --threads {environment['threads']}" if environment.get("threads", 1) != 1 else ""
+    return f"hanse run job --sites {shlex.quote(sites)}{threads}"
 
 
 def _sentence(run: Event, seen_rounds: int, count: int, history: History) -> str:
