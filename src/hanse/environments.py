@@ -83,14 +83,18 @@ class SimEnv:
         """Run the job to its end. Raises JobFailed or JobStopped, which name the run folder, if it does not get there."""
         roster = self.roster()
         recipe.check_sites(len(roster))
-        model, _ = recipe.first_model()
         workers = min(self.workers or os.cpu_count() or 1, len(roster))
         console = Console(self.console)
         folder = self._open_folder(recipe, roster, workers, console)
-        restored = folder.resume() if self.resume is not None else None
-        states: Mapping[str, bytes] = {}
-        if restored is not None:
-            model, states = restored
+        with folder.held():
+            self._run(recipe, roster, workers, folder)
+        return Run(folder.path)
+
+    def _run(self, recipe: Recipe, roster: Roster, workers: int, folder: RunFolder) -> None:
+        folder.write_facts(status="running", reason="")
+        model, states = recipe.first_model()[0], dict[str, bytes]()
+        if self.resume is not None and (restored := folder.resume()) is not None:
+            model, states = restored[0], dict(restored[1])
         staff = Staff.of(
             recipe,
             roster,
@@ -120,7 +124,6 @@ class SimEnv:
             resumed=folder.commits,
         )
         run_to_end(simulate, folder)
-        return Run(folder.path)
 
     def _open_folder(self, recipe: Recipe, roster: Roster, workers: int, console: Console) -> RunFolder:
         path = Path(self.resume) if self.resume is not None else RunFolder.new_path(Path(self.runs), recipe.name)
@@ -135,9 +138,7 @@ class SimEnv:
                     {"event": "message", "level": "warning", "text": f"{error}. It runs, but cannot be resumed from its folder alone."}
                 )
         facts = self._facts(recipe, roster, job) if self.resume is None else _facts_of_same_job(path, recipe, roster)
-        folder = RunFolder(path, facts | {"workers": workers}, listen=console.show, progress=console.progress)
-        folder.write_facts(status="running", reason="")
-        return folder
+        return RunFolder(path, facts | {"workers": workers}, listen=console.show, progress=console.progress)
 
     def _facts(self, recipe: Recipe, roster: Roster, job: Path) -> dict[str, Any]:
         written = digests(job) if job.is_dir() else {}

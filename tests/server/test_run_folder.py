@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -207,3 +209,17 @@ def test_facts_are_changed_in_one_step(folder: Open, tmp_path: Path) -> None:
     assert (facts(tmp_path)["status"], facts(tmp_path)["seed"]) == ("completed", 3)
     before.close()
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_two_processes_do_not_run_in_one_folder(folder: Open, tmp_path: Path) -> None:
+    other = f"""
+from pathlib import Path
+from hanse.server.run_folder import RunFolder
+with RunFolder(Path({str(tmp_path)!r}), {{}}, listen=print, progress=print).held():
+    pass
+"""
+    with folder().held():
+        refused = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True)
+    assert f"another process is running in {tmp_path}" in refused.stderr
+    assert subprocess.run([sys.executable, "-c", other]).returncode == 0
+    assert not (tmp_path / ".lock").exists()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -145,7 +147,23 @@ class RunFolder:
             closing["report"] = str(place / "report.html")
         except NotInstalled as error:
             closing["report"] = str(error)
+        except Exception as error:  # whatever is wrong with the report, the job has ended as it has
+            closing["report"] = f"none, for it could not be written: {type(error).__name__}: {error}"
         return closing
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from running in this folder meanwhile. Raises ConfigError if one does."""
+        path = self.path / ".lock"
+        with path.open("w") as lock:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: not of those it forks
+            except OSError as error:
+                raise ConfigError(f"another process is running in {self.path}: let it end, or stop it") from error
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
 
     def _write_events(self) -> int:
         """Append the pending events; returns the file's length."""

@@ -276,13 +276,19 @@ class SimulatedSites:
             pid = os.posix_spawn(sys.executable, command, os.environ)
             here.send(encode_order(self._staff.hello()))
         elif (pid := os.fork()) == 0:
-            asyncio._set_running_loop(None)
-            for link in (here, *(worker.link for worker in self._living)):
-                link.close()
-            work(there, lambda: self._staff, 1)
+            work(there, partial(self._leave_to_worker, here), 1)
         there.close()
         asyncio.get_running_loop().add_reader(here.socket, self._hear, slot)
         return _Worker(pid, here)
+
+    def _leave_to_worker(self, here: MemoryLink) -> Staff:
+        """In the forked process: let go of what is the engine's, so that it is gone when the engine lets go of it."""
+        asyncio._set_running_loop(None)
+        for link in (here, *(worker.link for worker in self._living)):
+            link.close()
+        for asking in self._active:
+            asking.body.close()
+        return self._staff
 
     def _end(self, worker: _Worker) -> int:
         """Kill a worker, if it is not dead already. Returns its wait status."""
