@@ -23,9 +23,6 @@ from hanse.messages.update import Reduced, Update
 from hanse.seeds import generator
 from hanse.transport.courier import Ask, Courier, Folded, Roster
 
-GROUPS = 64
-"""A roster is split by rank into this many groups at most; each is folded by itself, so it also bounds how many workers share a round."""
-
 T = TypeVar("T")
 
 
@@ -274,11 +271,20 @@ class Cohort:
         self._journal.progress(tally.good + len(tally.failures), tally.asked)
 
 
+def group_count(roster: int) -> int:
+    """Into how many groups so many sites are split. Each is folded by itself: few make little to merge, many keep many workers busy.
+
+    Up to 64 sites, each is a group; of more, 64 sites make one, with at least 32 groups and at most 256.
+    """
+    return roster if roster <= 64 else min(max(32, roster // 64), 256)
+
+
 def group_by_rank(ranks: Mapping[str, int], roster: int, *, single: bool = False) -> tuple[tuple[str, ...], ...]:
-    """The sites by rank, in groups that depend on their ranks in the roster alone: rank · GROUPS ÷ roster. `single`: one site a group."""
+    """The sites by rank, in groups that depend on their ranks in the roster alone. `single`: one site a group."""
+    count = group_count(roster)
     groups: dict[int, list[str]] = {}
     for site, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        groups.setdefault(rank if single or roster <= GROUPS else rank * GROUPS // roster, []).append(site)
+        groups.setdefault(rank if single else rank * count // roster, []).append(site)
     return tuple(tuple(group) for group in groups.values())
 
 

@@ -165,7 +165,7 @@ class SimEnv:
 
 
 def _sites_as_data(roster: Roster) -> list[str] | dict[str, int]:
-    return list(roster) if len(roster) <= 10_000 else {"count": len(roster)}
+    return list(roster) if len(roster) <= 100 else {"count": len(roster)}
 
 
 def _facts_of_same_job(path: Path, recipe: Recipe, roster: Roster) -> dict[str, Any]:

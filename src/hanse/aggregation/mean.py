@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -214,18 +215,17 @@ class WeightedMean:
 
     def _sum(self, terms: Sequence[_Term]) -> bool:
         """Add the terms to the running sums, in their order. False if a sum that starts here is not finite; all are added even so."""
-        finite = True
+        jobs: list[tuple[Array, list[tuple[Any, Array]], bool]] = []
         for name in dict.fromkeys(name for term in terms for name in term.arrays):
             starts = name not in self._sums
             if starts:
                 kind = self._round.kinds[name]
-                self._sums[name] = np.empty(math.prod(kind.shape), sum_dtype(kind.dtype))
+                self._sums[name] = _untouched(math.prod(kind.shape), sum_dtype(kind.dtype) or kind.dtype)
             total = self._sums[name]
             real = total.real.dtype.type
             parts = [(real(term.weight), term.arrays[name].reshape(-1)) for term in terms if name in term.arrays]
-            jobs = [(total[piece], [(weight, array[piece]) for weight, array in parts], starts) for piece in _pieces(total, PIECE)]
-            finite = self._share(_add, jobs) and finite
-        return finite
+            jobs += [(total[piece], [(weight, array[piece]) for weight, array in parts], starts) for piece in _pieces(total, PIECE)]
+        return self._share(_add, jobs)
 
     def _divide(self, name: str) -> None:
         """Make the running sum of `name` its mean, in place."""
@@ -394,6 +394,15 @@ def sum_dtype(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
     if dtype.kind == "c":
         return np.dtype(np.complex64 if dtype.itemsize <= 8 else np.complex128)
     return np.dtype(np.float64) if dtype.kind in "iub" else None
+
+
+def _untouched(elements: int, dtype: np.dtype[Any]) -> Array:
+    """Memory for a sum, its numbers arbitrary. Large ones in small pages: on a virtual machine the first touch of the huge pages that
+    NumPy asks for takes up to five times as long."""
+    size = elements * dtype.itemsize
+    if size < 4 << 20:
+        return np.empty(elements, dtype)
+    return np.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype)
 
 
 def _pieces(array: Array, elements: int) -> list[slice]:

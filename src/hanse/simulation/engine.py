@@ -15,7 +15,7 @@ from typing import Any
 
 from hanse.aggregation.aggregator import Aggregator
 from hanse.client.script import Script
-from hanse.cohort import GROUPS, fold_group
+from hanse.cohort import fold_group, group_count
 from hanse.errors import Failure, LinkBroken
 from hanse.jobs.parts import describe_part
 from hanse.messages.codec import decode, decode_update, encode_task
@@ -173,7 +173,7 @@ class SimulatedSites:
     def _lane(self, site: str) -> int:
         """The worker a scripted site lives in: by its group in the roster, so that a group is never split."""
         total = len(self.roster)
-        return self.roster.index(site) * min(GROUPS, total) // total % self._count
+        return self.roster.index(site) * group_count(total) // total % self._count
 
     def _through(self, asking: _Asking, group: int, body: Body | None) -> None:
         if body is not None:

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import msgspec
 import threadpoolctl  # type: ignore[import-untyped]
 
+from hanse.aggregation.aggregator import Aggregator
 from hanse.app import App
 from hanse.client.framework import load_adapter, loaded
 from hanse.client.script import Script, imported_modules
@@ -241,6 +242,13 @@ class _MappedTask:
         assert received.shared is not None
         self._shared = received.shared
         self.task = decode_task(map_shared(self._shared))
+        self._aggregator: tuple[Mapping[str, Any], Aggregator] | None = None
+
+    def aggregator(self, description: Mapping[str, Any]) -> Aggregator:
+        """The part that is described, made once for all groups."""
+        if self._aggregator is None or self._aggregator[0] != description:
+            self._aggregator = description, part_of("aggregators", description)
+        return self._aggregator[1]
 
     def private_model(self) -> FLModel:
         """The task's model in a copy-on-write mapping of its own, for tensors that training code may change."""
@@ -286,7 +294,7 @@ def _run(link: MemoryLink, staff: Staff, runner: SiteRunner, mapped: _MappedTask
             link.send_shared(message, shared)
             shared.close()
         return
-    partial, light = fold_group(updates(), part_of("aggregators", run.fold), mapped.task, staff.filters.server_in, staff.seed)
+    partial, light = fold_group(updates(), mapped.aggregator(run.fold), mapped.task, staff.filters.server_in, staff.seed)
     link.send(_encode(Done(run.ask, run.group, after(), light)), [] if partial is None else encode(partial))
 
 
