@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,10 @@ from hanse.simulation.roster import NamedSites, NumberedSites
 from hanse.simulation.worker import Staff
 
 DATA = Path(os.environ.get("HANSE_DATA") or Path(__file__).parents[2] / "shared" / "data")
+
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and all that they start: the jobs that they stop by it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
