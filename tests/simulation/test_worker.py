@@ -37,13 +37,13 @@ class Worker:
             work(there, lambda: staff, staff.threads)
         there.close()
 
-    def begin(self, ask: int, model: FLModel, **config: Any) -> None:
+    def begin(self, ask: int, model: FLModel, *, fold: Any = MEAN, **config: Any) -> None:
         body = SharedBody(encode_task(Task("train", model, config)))
-        self.link.send_shared(encode_order(Begin(ask)), body)
+        self.link.send_shared(encode_order(Begin(ask, fold)), body)
         body.close()
 
-    def run(self, ask: int, *sites: str, states: dict[str, bytes] | None = None, fold: Any = None, index: int = 0) -> tuple[Done, Received]:
-        self.send(Run(ask, 0, ("job", 0, index), list(sites), states or {}, fold))
+    def run(self, ask: int, *sites: str, states: dict[str, bytes] | None = None, index: int = 0) -> tuple[Done, Received]:
+        self.send(Run(ask, 0, ("job", 0, index), list(sites), states or {}))
         received = self.link.receive()
         answer = decode_answer(received.message)
         assert isinstance(answer, Done)
@@ -100,7 +100,7 @@ def test_updates_are_folded_where_they_are(hire: Hire) -> None:
     """1 · 0 + 2 · 1 + 3 · 2 = 8, by 6 examples; the one that failed has no part in it."""
     worker = hire(train)
     worker.begin(7, FLModel({"w": np.zeros(2, np.float32)}))
-    done, received = worker.run(7, "site-1", "site-2", "site-3", "site-4", fold=MEAN)
+    done, received = worker.run(7, "site-1", "site-2", "site-3", "site-4")
     assert [(update.site, update.failure and update.failure.code) for update in done.updates] == [
         ("site-1", None), ("site-2", None), ("site-3", None), ("site-4", "ValueError"),
     ]  # fmt: skip
@@ -118,15 +118,15 @@ def test_updates_are_folded_where_they_are(hire: Hire) -> None:
 def test_a_group_without_a_good_update_has_no_sum(hire: Hire) -> None:
     worker = hire(train)
     worker.begin(1, FLModel({"w": np.zeros(2, np.float32)}))
-    done, received = worker.run(1, "site-4", fold=MEAN)
+    done, received = worker.run(1, "site-4")
     assert (len(done.updates), received.body) == (1, None)
-    assert worker.run(1, "site-1", fold=MEAN)[1].body is not None  # it goes on
+    assert worker.run(1, "site-1")[1].body is not None  # it goes on
 
 
 @pytest.mark.parametrize("size", [3, 1 << 18])
 def test_an_update_by_itself(hire: Hire, size: int) -> None:
     worker = hire(train)
-    worker.begin(1, FLModel({"w": np.zeros(size, np.float32)}))
+    worker.begin(1, FLModel({"w": np.zeros(size, np.float32)}), fold=None)
     done, received = worker.run(1, "site-3")
     assert done.updates == ()
     assert (received.shared is None) is (size == 3)
@@ -144,24 +144,24 @@ def test_states_come_with_the_order_and_go_with_the_answer(hire: Hire) -> None:
     worker = hire(train)
     worker.begin(1, FLModel({"w": np.zeros(2, np.float32)}))
     given = {"site-1": b"".join(encode(FLModel({"runs": 41})))}
-    done, _ = worker.run(1, "site-1", "site-2", "site-4", states=given, fold=MEAN)
+    done, _ = worker.run(1, "site-1", "site-2", "site-4", states=given)
     assert {site: decode(state)[0].params for site, state in done.states.items()} == {"site-1": {"runs": 42}, "site-2": {"runs": 1}}
-    done, _ = worker.run(1, "site-1", fold=MEAN)
+    done, _ = worker.run(1, "site-1")
     assert done.updates[0].model.metrics == {"runs": 1}  # the worker itself keeps nothing
     large = {"site-1": b"".join(encode(FLModel({"runs": 1, "x": np.zeros(100_000)})))}
-    assert worker.run(1, "site-1", states=large, fold=MEAN)[0].updates[0].model.metrics == {"runs": 2}
+    assert worker.run(1, "site-1", states=large)[0].updates[0].model.metrics == {"runs": 2}
 
 
 def test_asks_are_kept_apart_until_they_end(hire: Hire) -> None:
     worker = hire(train)
-    worker.begin(9, FLModel({"w": np.zeros(1, np.float32)}))
+    worker.begin(9, FLModel({"w": np.zeros(1, np.float32)}), fold=None)
     worker.run(9, "site-1")
     before = psutil.Process(worker.pid).num_fds()
     for ask in range(5):
         worker.begin(ask, FLModel({"w": np.full(1, 10.0 * ask, np.float32)}))
     values = []
     for ask in (3, 0, 4):
-        _, received = worker.run(ask, "site-2", fold=MEAN)
+        _, received = worker.run(ask, "site-2")
         assert received.body is not None
         values.append(decode(received.body.buffer)[0].params["w"].tolist())
     assert values == [[62.0], [2.0], [82.0]]
@@ -178,7 +178,7 @@ def test_the_same_task_again_gives_the_same_bits(hire: Hire) -> None:
     def sums(**staff: Any) -> list[bytes]:
         worker = hire(noisy, **staff)
         worker.begin(1, FLModel())
-        answers = [worker.run(1, *sites, fold=MEAN, index=index)[1] for sites, index in [(("site-1", "site-2"), 0), (("site-1",), 1)]]
+        answers = [worker.run(1, *sites, index=index)[1] for sites, index in [(("site-1", "site-2"), 0), (("site-1",), 1)]]
         return [bytes(answer.body.buffer) for answer in answers if answer.body]
 
     first = sums()
@@ -194,7 +194,7 @@ def test_a_site_knows_who_it_is(hire: Hire) -> None:
 
     worker = hire(who, config={"a": 1, "b": 1, "c": 1}, site_config={"site-2": {"b": 2, "c": 2}})
     worker.begin(1, FLModel(), c=3)
-    done, _ = worker.run(1, "site-1", "site-2", fold=MEAN)
+    done, _ = worker.run(1, "site-1", "site-2")
     assert [dict(update.model.metrics) for update in done.updates] == [
         {"rank": 0, "count": 5, "a": 1, "b": 1, "c": 3},
         {"rank": 1, "count": 5, "a": 1, "b": 2, "c": 3},
@@ -211,7 +211,7 @@ def test_it_settles_in(hire: Hire) -> None:
 
     worker = hire(about)
     worker.begin(1, FLModel())
-    done, _ = worker.run(1, "site-1", fold=MEAN)
+    done, _ = worker.run(1, "site-1")
     assert done.updates[0].model.metrics == {"threads": 1, "told": 1}
 
 
@@ -240,7 +240,7 @@ raise ValueError("the end")
 """)
     worker = hire(Script(path))
     worker.begin(1, FLModel())
-    worker.run(1, "site-1", "site-2", fold=MEAN)
+    worker.run(1, "site-1", "site-2")
     worker.send(Close())
     closed = decode_answer(worker.link.receive().message)
     assert isinstance(closed, Closed)

@@ -40,7 +40,6 @@ class _Order:
     group: int
     sites: tuple[str, ...]
     lane: int | None
-    fold: dict[str, Any] | None
     tries: int = 0
 
 
@@ -51,6 +50,7 @@ class _Asking:
     ask: Ask
     number: int
     body: SharedBody
+    fold: dict[str, Any] | None
     results: asyncio.Queue[tuple[int, tuple[Update, ...], Body | None]] = field(default_factory=asyncio.Queue)
     told: set[int] = field(default_factory=set)
     through: set[int] = field(default_factory=set)
@@ -162,11 +162,11 @@ class SimulatedSites:
 
     def _begin(self, ask: Ask, groups: list[tuple[str, ...]], fold: dict[str, Any] | None) -> _Asking:
         self._asks += 1
-        asking = _Asking(ask, self._asks, SharedBody(encode_task(ask.task)))
+        asking = _Asking(ask, self._asks, SharedBody(encode_task(ask.task)), fold)
         self._active.add(asking)
         for number, sites in enumerate(groups):
             lane = self._lane(sites[0]) if self._lanes else None
-            self._orders[self._count if lane is None else lane].append(_Order(asking, number, sites, lane, fold))
+            self._orders[self._count if lane is None else lane].append(_Order(asking, number, sites, lane))
         self._dispatch()
         return asking
 
@@ -221,8 +221,8 @@ class SimulatedSites:
         states = {site: self.states[site] for site in order.sites if site in self.states}
         if slot not in asking.told:
             asking.told.add(slot)
-            self._send(slot, Begin(asking.number), asking.body)
-        self._send(slot, Run(asking.number, order.group, asking.ask.key, list(order.sites), states, order.fold))
+            self._send(slot, Begin(asking.number, asking.fold), asking.body)
+        self._send(slot, Run(asking.number, order.group, asking.ask.key, list(order.sites), states))
 
     def _send(self, slot: int, message: Begin | Run | End | Close, body: SharedBody | None = None) -> None:
         """To a worker that is alive; if it has just died, its link's end will be noticed and its orders given again."""
@@ -258,7 +258,7 @@ class SimulatedSites:
         order = worker.orders.popleft()
         self.states |= answer.states
         updates, body = answer.updates, received.body
-        if order.fold is None:
+        if order.asking.fold is None:
             updates, body = (_own_update(received),), None
         order.asking.results.put_nowait((order.group, updates, body))
 

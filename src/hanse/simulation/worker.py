@@ -61,20 +61,23 @@ class Hello(msgspec.Struct, tag=True):
 
 
 class Begin(msgspec.Struct, tag=True):
-    """Comes with a task as its shared body: runs that name `ask` are of this task."""
+    """Comes with a task as its shared body: runs that name `ask` are of this task.
+
+    `fold` describes the aggregator that its groups are folded with; without it each update is sent by itself.
+    """
 
     ask: int
+    fold: dict[str, Any] | None = None
 
 
 class Run(msgspec.Struct, tag=True):
-    """Run the task of `ask` at these sites, in this order. `fold` describes the aggregator; without it each update is sent by itself."""
+    """Run the task of `ask` at these sites, in this order."""
 
     ask: int
     group: int
     key: tuple[str, int, int]
     sites: list[str]
     states: dict[str, bytes]
-    fold: dict[str, Any] | None = None
 
 
 class End(msgspec.Struct, tag=True):
@@ -202,9 +205,7 @@ def settle_in(threads: int) -> None:
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        with contextlib.suppress(
-            AttributeError
-        ):  # glibc only: keep freed memory, since touching new pages costs more than training small models
+        with contextlib.suppress(AttributeError):  # glibc alone has it: keep freed memory, since touching new pages costs more
             libc.mallopt(-3, _MMAP_FROM_BYTES)  # M_MMAP_THRESHOLD
             libc.mallopt(-1, _KEEP_BYTES)  # M_TRIM_THRESHOLD
     os.environ.update(dict.fromkeys(_THREAD_SETTINGS, str(threads)))
@@ -224,8 +225,8 @@ def serve(link: MemoryLink, staff: Staff) -> None:
         except LinkBroken:
             return
         match _decode(received.message):
-            case Begin(ask):
-                tasks[ask] = _MappedTask(received)
+            case Begin(ask, fold):
+                tasks[ask] = _MappedTask(received, None if fold is None else part_of("aggregators", fold))
             case Run(ask) as run:
                 _run(link, staff, runner, tasks[ask], run, _states(run, received))
             case End(ask):
@@ -236,19 +237,13 @@ def serve(link: MemoryLink, staff: Staff) -> None:
 
 
 class _MappedTask:
-    """An ask's task, in memory that all workers share."""
+    """An ask's task, in memory that all workers share, and what its groups are folded with, if they are."""
 
-    def __init__(self, received: Received) -> None:
+    def __init__(self, received: Received, aggregator: Aggregator | None) -> None:
         assert received.shared is not None
         self._shared = received.shared
         self.task = decode_task(map_shared(self._shared))
-        self._aggregator: tuple[Mapping[str, Any], Aggregator] | None = None
-
-    def aggregator(self, description: Mapping[str, Any]) -> Aggregator:
-        """The part that is described, made once for all groups."""
-        if self._aggregator is None or self._aggregator[0] != description:
-            self._aggregator = description, part_of("aggregators", description)
-        return self._aggregator[1]
+        self.aggregator = aggregator
 
     def private_model(self) -> FLModel:
         """The task's model in a copy-on-write mapping of its own, for tensors that training code may change."""
@@ -284,7 +279,7 @@ def _run(link: MemoryLink, staff: Staff, runner: SiteRunner, mapped: _MappedTask
     def after() -> dict[str, bytes]:
         return {site: b"".join(encode(FLModel(params=state))) for site, state in states.items() if state}
 
-    if run.fold is None:
+    if mapped.aggregator is None:
         (update,) = updates()
         message, body = _encode(Done(run.ask, run.group, after())), encode_update(update)
         if len(message) + sum(memoryview(part).nbytes for part in body) <= INLINE_BYTES:
@@ -294,7 +289,7 @@ def _run(link: MemoryLink, staff: Staff, runner: SiteRunner, mapped: _MappedTask
             link.send_shared(message, shared)
             shared.close()
         return
-    partial, light = fold_group(updates(), mapped.aggregator(run.fold), mapped.task, staff.filters.server_in, staff.seed)
+    partial, light = fold_group(updates(), mapped.aggregator, mapped.task, staff.filters.server_in, staff.seed)
     link.send(_encode(Done(run.ask, run.group, after(), light)), [] if partial is None else encode(partial))
 
 

@@ -33,10 +33,10 @@ async def cyclic(
 ) -> FLModel:
     """Cyclic weight transfer (Chang et al., JAMIA 2018): in each round every site trains once, each on what the one before it made.
 
-    order: by name, or shuffled anew each round. within_s: seconds for one site. min_updates: how many sites must train in a round
-        (default: all);
-    a site that fails is passed over. The round's metrics are the mean over its sites, each of the model as that site got it; with
-    `evaluate` all sites score the round's last model, and the best of these is kept.
+    order: by name, or shuffled anew each round. within_s: seconds for one site.
+    min_updates: how many sites must train in a round (default: all); a site that fails is passed over.
+    evaluate: have all sites score the round's last model, and keep the best of these. Without it, the round's metrics are the mean over its
+        sites, each of the model as that site got it.
     Raises TooFewUpdates, with the reasons, if too few sites trained.
     """
     step = SGD().step
