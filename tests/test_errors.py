@@ -5,7 +5,7 @@ import inspect
 import pytest
 
 from hanse import errors
-from hanse.errors import ConfigError, Failure, HanseError, JobFailed, JobStopped, TooFewUpdates, WireError
+from hanse.errors import ConfigError, Failure, HanseError, JobFailed, JobStopped, Refused, TooFewUpdates, WireError
 
 
 def test_the_tree_is_the_one_drawn_at_the_top_of_the_file() -> None:
@@ -13,7 +13,7 @@ def test_the_tree_is_the_one_drawn_at_the_top_of_the_file() -> None:
     names = [line.split("── ")[1].split()[0] for line in drawn]
     classes = {name: value for name, value in vars(errors).items() if inspect.isclass(value) and issubclass(value, HanseError)}
     assert {*names, "HanseError"} == classes.keys()
-    assert {name: classes[name].__base__ for name in names} == {name: HanseError for name in names} | {"JobStopped": JobFailed}
+    assert {name: classes[name].__base__ for name in names} == {name: HanseError for name in names} | {"JobStopped": JobFailed, "PolicyRefused": Refused}
 
 
 def test_the_hint_is_part_of_the_printed_message() -> None:

@@ -166,10 +166,15 @@ class Cohort:
         merged = 0
 
         def merge(folded: Folded) -> None:
-            group = folded.updates
+            group, partial = folded.updates, folded.partial
             try:
-                if folded.partial is not None:
-                    total.merge(folded.partial)
+                if partial is None and len(group) == 1:  # it may have come as it is
+                    if self._filters.server_out:  # its dtypes may not be those of the total
+                        partial, group = fold_group(group, aggregator, ask.task, self._filters.server_in, self._seed)
+                    else:
+                        group = (add_one(group[0], total, ask.task, self._filters.server_in, self._seed),)
+                if partial is not None:
+                    total.merge(partial)
             except UpdateRejected as error:
                 group = tuple(u if u.failure else replace(u, model=FLModel(), failure=Failure.of(error)) for u in group)
             folded.release()
@@ -315,21 +320,24 @@ def fold_group(
     Returns the partial sum (None if no update was good) and the updates without their parameters, rejected ones with a failure.
     """
     total = aggregator.fresh(task.model)
-    light: list[Update] = []
-    for arrived in updates:
-        update = admit(arrived, task, filters, seed)
-        failure = update.failure
-        if failure is None:
-            try:
-                total.add(update)
-                rejected = total.fold().get(update.site)
-                failure = None if rejected is None else Failure.of(rejected)
-            except UpdateRejected as error:
-                failure = Failure.of(error)
-        model = FLModel() if failure else replace(update.model, params=None, optimizer_params={})
-        light.append(replace(update, model=model, failure=failure))
+    light = tuple([add_one(update, total, task, filters, seed) for update in updates])
     good = any(update.failure is None for update in light)
-    return (total.partial() if good else None), tuple(light)
+    return (total.partial() if good else None), light
+
+
+def add_one(arrived: Update, total: Aggregator, task: Task, filters: Sequence[Filter], seed: int) -> Update:
+    """Through the server's door and into `total`. Returns the update without its parameters; one that was rejected carries a failure."""
+    update = admit(arrived, task, filters, seed)
+    failure = update.failure
+    if failure is None:
+        try:
+            total.add(update)
+            rejected = total.fold().get(update.site)
+            failure = None if rejected is None else Failure.of(rejected)
+        except UpdateRejected as error:
+            failure = Failure.of(error)
+    model = FLModel() if failure else replace(update.model, params=None, optimizer_params={})
+    return replace(update, model=model, failure=failure)
 
 
 class _Tally:

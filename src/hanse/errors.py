@@ -9,6 +9,10 @@
     ├── TooFewUpdates      a round cannot go on; holds every site's reason
     ├── JobFailed          a job ended without doing what it was asked; holds its run folder
     │   └── JobStopped     … because somebody stopped it; says how to go on
+    ├── IdentityError      a certificate, signature or token that is not accepted; says why
+    ├── Refused            the server or a site does not do what it was asked: the caller may not, or it cannot be done now
+    │   └── PolicyRefused  … because of a clause of a site's policy, which it names
+    ├── StorageFull        there is no room to keep what was sent; nothing was lost
     └── LinkBroken         the other end of a link is gone
 
 Over the wire an error is a value, `Failure`: a code (the class's name), a sentence and a hint, raised again on the other side.
@@ -79,6 +83,26 @@ class JobFailed(HanseError):
 
 class JobStopped(JobFailed):
     """A job was stopped before its end; its last commit is kept and the hint says how to go on."""
+
+
+class IdentityError(HanseError):
+    """A certificate, a signature or a token that is not accepted: of another authority, expired, revoked, used, or of the wrong role."""
+
+
+class Refused(HanseError):
+    """The server or a site does not do what it was asked."""
+
+
+class PolicyRefused(Refused):
+    """A site's policy does not allow it. `clause` is the setting in policy.yaml, such as `code.digests`."""
+
+    def __init__(self, message: str, *, clause: str, hint: str = "") -> None:
+        super().__init__(f"{message} [{clause}]", hint=hint)
+        self.clause = clause
+
+
+class StorageFull(HanseError):
+    """There is no room to keep what was sent. What was kept before is whole."""
 
 
 class LinkBroken(HanseError):

@@ -42,6 +42,8 @@ class Folded:
 
     partial: what the group's aggregator gave; None if no site of the group brought a good update. Valid until `release` is called.
     updates: one for each site of the group, without parameters; those that failed or were rejected carry a failure.
+        A group of a single site may come unfolded: with its parameters, valid until `release` is called, and no partial. Added to the
+        total, it gives the same bits as its partial would, and spares the memory for it.
     """
 
     group: int
