@@ -9,7 +9,7 @@ import platform
 import shutil
 import sys
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -108,8 +108,11 @@ def write_folder(folder: Path, job: JobFile, sources: Sources, model: FLModel, *
     (folder / f"job.{format}").write_text(text)
 
 
-def read_folder(folder: Path) -> JobFile:
-    """What a job folder says, its digests checked. Raises ConfigError, naming the file and the place in it, if something is wrong."""
+def read_folder(folder: Path, *, may_lack: Container[str] = ()) -> JobFile:
+    """What a job folder says, its digests checked. Raises ConfigError, naming the file and the place in it, if something is wrong.
+
+    may_lack: files that need not be there, such as the first model at a site.
+    """
     path = job_file(folder)
     try:
         job = msgspec.convert(read_mapping(path), JobFile)
@@ -119,6 +122,8 @@ def read_folder(folder: Path) -> JobFile:
         raise ConfigError(f"{path} is of format {job.hanse}; this version of Hanse reads {FORMAT}")
     for name, expected in job.digests.items():
         file = below(folder, name)
+        if name in may_lack and not file.exists():
+            continue
         if not file.is_file() or digest(file) != expected:
             raise ConfigError(
                 f"{file} is missing, or not what was exported; if you changed it on purpose, take it out of `digests` in {path.name}"
