@@ -48,8 +48,9 @@ class Journal(Protocol):
     def progress(self, done: int, asked: int) -> None:
         """Say how far the current ask has come."""
 
-    def commit(self, model: FLModel) -> None:
-        """Keep this model, so that a restarted job goes on from it. Returns once it would survive `kill -9`."""
+    def commit(self, model: FLModel) -> FLModel:
+        """Keep this model, so that a restarted job goes on from it. Returns once it would survive `kill -9`: the model to go on with,
+        whose arrays may be mapped from where they are kept."""
 
     def keep_best(self, model: FLModel, best: Best) -> None:
         """Keep this model as the best so far."""
@@ -219,7 +220,7 @@ class Cohort:
             metrics=dict(committed.metrics),
             best=self._journal.best is not None and self._journal.best.round == self._round,
         )
-        self._journal.commit(committed)
+        committed = self._journal.commit(committed)
         self._metrics = committed.metrics
         self._begin_commit()
         return committed

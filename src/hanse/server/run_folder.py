@@ -14,11 +14,17 @@ from typing import Any
 
 from hanse.cohort import Best
 from hanse.errors import ConfigError, NotInstalled
+from hanse.jobs.bundle import digest, digests, job_file, versions
+from hanse.jobs.recipe import Recipe
 from hanse.messages.codec import read, write
 from hanse.messages.flmodel import FLModel
 from hanse.server.report import write_report
+from hanse.transport.courier import Roster
 
 RUN, EVENTS, COMMIT, MODEL, BEST = "run.json", "metrics.jsonl", "commit.safetensors", "model.safetensors", "best.safetensors"
+MAPPED_FROM_BYTES = 32 << 20
+"""A committed model of this size goes on as a mapping of its file, so that it is not in memory twice while the next one is summed."""
+
 States = Mapping[str, bytes]
 
 
@@ -39,6 +45,8 @@ class RunFolder:
         self.best: Best | None = None
         self.states: Callable[[], States] = dict
         """Gives the sites' states, as frames, at the time of a commit."""
+        self.committed: Callable[[int], None] = lambda events_bytes: None
+        """Told of each commit once it lasts, and how long `metrics.jsonl` is then."""
         self._listen = listen
         self._progress = progress
         self._pending: list[str] = []
@@ -73,7 +81,7 @@ class RunFolder:
     def progress(self, done: int, asked: int) -> None:
         self._progress(self._round, done, asked)
 
-    def commit(self, model: FLModel) -> None:
+    def commit(self, model: FLModel) -> FLModel:
         written = self._write_events()
         states = self.states()
         fields = {
@@ -85,6 +93,11 @@ class RunFolder:
         write(self.path / COMMIT, replace(model, params=tree), fields)
         self.commits += 1
         self.write_facts(**self._reached(model))
+        self.committed(written)
+        if (self.path / COMMIT).stat().st_size < MAPPED_FROM_BYTES:
+            return model
+        kept = read(self.path / COMMIT)[0]
+        return replace(kept, params=kept.params["model"])
 
     def _reached(self, model: FLModel) -> dict[str, Any]:
         """What `run.json` says of the last commit."""
@@ -172,6 +185,35 @@ class RunFolder:
             self._pending.clear()
             file.flush()
             return file.tell()
+
+
+def first_facts(recipe: Recipe, roster: Roster, job: Path, environment: Mapping[str, Any]) -> dict[str, Any]:
+    """What `run.json` says at the start of a run. job: its folder, if it could be written. environment: where it runs, as JSON values."""
+    written = digests(job) if job.is_dir() else {}
+    return {
+        "hanse": versions()["hanse"],
+        "job": {
+            "name": recipe.name,
+            "recipe": recipe.kind,
+            "arguments": recipe.arguments_as_data() if written else {},
+            "digest": digest(job_file(job)) if written else None,
+        },
+        "environment": dict(environment),
+        "started": time.time(),
+        "seed": recipe.seed,
+        "sites": sites_as_data(roster),
+        "rounds": {"done": 0, "total": recipe.total_rounds()},
+        "best": None,
+        "metrics": {},
+        "model": None,
+        "versions": versions(),
+        "digests": written,
+    }
+
+
+def sites_as_data(roster: Roster) -> list[str] | dict[str, int]:
+    """The sites as `run.json` has them: their names, or how many there are."""
+    return list(roster) if len(roster) <= 100 else {"count": len(roster)}
 
 
 def open_run(path: Path) -> dict[str, Any]:

@@ -13,14 +13,14 @@ from hanse.errors import HanseError, JobFailed, JobStopped
 from hanse.server.run_folder import RunFolder
 
 
-def run_to_end(job: Callable[[], Awaitable[object]], folder: RunFolder) -> None:
-    """Run `job` on an event loop of its own. Ctrl-C and SIGTERM stop it at once.
+def run_to_end(job: Callable[[], Awaitable[object]], folder: RunFolder, *, signals: bool = True) -> None:
+    """Run `job` on an event loop of its own. Ctrl-C and, with `signals`, SIGTERM stop it at once.
 
     Raises JobFailed, or JobStopped, once the run folder is complete.
     """
     name = folder.facts["job"]["name"]
     try:
-        _on_a_loop(job)
+        _on_a_loop(job, signals)
     except (KeyboardInterrupt, asyncio.CancelledError):
         done, total = folder.facts["rounds"]["done"], folder.facts["rounds"]["total"]
         reason = f"stopped after {done} of {total} rounds"
@@ -38,13 +38,13 @@ def run_to_end(job: Callable[[], Awaitable[object]], folder: RunFolder) -> None:
     folder.finish("completed")
 
 
-def _on_a_loop(job: Callable[[], Awaitable[object]]) -> None:
+def _on_a_loop(job: Callable[[], Awaitable[object]], signals: bool) -> None:
     """Run to the end, in this thread if it has no loop yet (a notebook's has), and pass on what stops it."""
 
     async def main() -> None:
         task = asyncio.current_task()
         assert task is not None
-        if threading.current_thread() is not threading.main_thread():
+        if not signals or threading.current_thread() is not threading.main_thread():
             await job()
             return
         before = signal.getsignal(signal.SIGTERM)

@@ -61,4 +61,5 @@ async def fedavg(
             metrics |= (await score(cohort, model, of=sites, min_updates=min_updates, within_s=within_s, grace_s=grace_s)).metrics
         await cohort.keep_best(scored, metrics, best.metric, lowest=best.lowest)
         model = await cohort.commit(model, metrics)
+        del reduced, scored  # a large model is not in memory twice
     return model

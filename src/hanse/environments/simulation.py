@@ -1,0 +1,144 @@
+"""`SimEnv`: server and sites simulated on this machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from hanse.cohort import Cohort
+from hanse.environments.settings import check_console, check_counts, check_site_config, check_sites, roster_of
+from hanse.errors import ConfigError
+from hanse.jobs.loading import read_job
+from hanse.jobs.recipe import Recipe
+from hanse.messages.flmodel import FLModel
+from hanse.server.console import Console
+from hanse.server.run import Run
+from hanse.server.run_folder import RunFolder, first_facts, open_run, sites_as_data
+from hanse.server.runner import run_to_end
+from hanse.simulation.engine import SimulatedSites
+from hanse.simulation.worker import Staff
+from hanse.transport.courier import Roster
+
+JOB = "job"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimEnv:
+    """Server and sites simulated on this machine: the real workflow, filters and training code, in a few forked processes.
+
+    num_clients: how many sites, named site-1, site-2 and so on. sites: their names, instead.
+    site_config: JSON values for single sites, by name, on top of the recipe's `config`.
+    workers: how many processes; None: one for each core. The result has the same bits for any number.
+    threads: how many each worker computes with; above 1, workers are fresh interpreters instead of forked ones, and start more slowly.
+        It can change the last bits of a result, so it does not follow the machine.
+    runs: the folder that run folders are made in. resume: a run folder to go on with, after a stop or a crash.
+    console: "auto", "plain", "rich", "json" or "quiet".
+    """
+
+    num_clients: int | None = None
+    sites: Sequence[str] = ()
+    site_config: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    workers: int | None = None
+    threads: int = 1
+    runs: str | Path = "runs"
+    resume: str | Path | None = None
+    console: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_sites(self, self.num_clients, self.sites)
+        check_counts(self, "workers", "threads")
+        if not hasattr(os, "fork"):
+            raise ConfigError("SimEnv forks its workers, which this system cannot: use Linux, macOS, or WSL on Windows")
+        check_console(self, self.console)
+        check_site_config(self.site_config, self.roster())
+
+    def roster(self) -> Roster:
+        """The sites' names, ranked."""
+        return roster_of(self.num_clients, self.sites)
+
+    def execute(self, recipe: Recipe) -> Run:
+        """Run the job to its end. Raises JobFailed or JobStopped, which name the run folder, if it does not get there."""
+        roster = self.roster()
+        recipe.check_sites(len(roster))
+        workers = min(self.workers or os.cpu_count() or 1, len(roster))
+        console = Console(self.console)
+        folder = self._open_folder(recipe, roster, workers, console)
+        with folder.held():
+            self._run(recipe, roster, workers, folder)
+        return Run(folder.path)
+
+    def _run(self, recipe: Recipe, roster: Roster, workers: int, folder: RunFolder) -> None:
+        folder.write_facts(status="running", reason="")
+        model, states = recipe.first_model()[0], dict[str, bytes]()
+        if self.resume is not None and (restored := folder.resume()) is not None:
+            model, states = restored[0], dict(restored[1])
+        staff = Staff.of(
+            recipe,
+            roster,
+            job_id=recipe.name,
+            site_config=self.site_config,
+            threads=self.threads,
+            job=str(folder.path / JOB),
+            logs=str(folder.path / "logs"),
+        )
+
+        async def simulate() -> FLModel:
+            def warn(text: str) -> None:
+                folder.event("message", level="warning", text=text)
+
+            async with SimulatedSites(staff, workers=workers, states=states, warn=warn) as sites:
+                folder.states = lambda: sites.states
+                cohort = Cohort(sites, folder, job_id=recipe.name, seed=recipe.seed, filters=recipe.filters)
+                return await recipe.workflow()(cohort, model)
+
+        folder.event(
+            "start",
+            job=recipe.name,
+            sites=len(roster),
+            workers=workers,
+            rounds=recipe.total_rounds(),
+            seed=recipe.seed,
+            resumed=folder.commits,
+        )
+        run_to_end(simulate, folder)
+
+    def _open_folder(self, recipe: Recipe, roster: Roster, workers: int, console: Console) -> RunFolder:
+        path = Path(self.resume) if self.resume is not None else RunFolder.new_path(Path(self.runs), recipe.name)
+        job = path / JOB
+        if self.resume is None:
+            try:
+                recipe.export(job)
+            except ConfigError as error:
+                if self.threads > 1:
+                    raise
+                console.show(
+                    {"event": "message", "level": "warning", "text": f"{error}. It runs, but cannot be resumed from its folder alone."}
+                )
+        described = {name: value for name, value in asdict(self).items() if name not in ("resume", "runs", "console", "workers")}
+        facts = first_facts(recipe, roster, job, described) if self.resume is None else _facts_of_same_job(path, recipe, roster)
+        return RunFolder(path, facts | {"workers": workers}, listen=console.show, progress=console.progress)
+
+
+def _facts_of_same_job(path: Path, recipe: Recipe, roster: Roster) -> dict[str, Any]:
+    """The facts of a run to go on with. Raises ConfigError if it cannot be, or if it is not of this job and these sites."""
+    facts = open_run(path)
+    here = {"name": recipe.name, "recipe": recipe.kind, "seed": recipe.seed, "sites": sites_as_data(roster)}
+    there = {**facts["job"], **facts}
+    for what, value in here.items():
+        if there[what] != value:
+            raise ConfigError(f"{path} is a run of another job: its {what} is {there[what]!s:.80}, and here it is {value!s:.80}")
+    return facts
+
+
+def resume(folder: str | Path, *, console: str = "auto", workers: int | None = None) -> Run:
+    """Go on with a run that was stopped, crashed or failed, from its last commit. Raises ConfigError if that cannot be done."""
+    path = Path(folder)
+    facts = open_run(path)
+    if not (path / JOB).is_dir():
+        raise ConfigError(f"{path} holds no job folder: resume it from the program that made it, with SimEnv(resume={str(path)!r})")
+    known = {field.name for field in fields(SimEnv)}
+    described = {name: value for name, value in facts["environment"].items() if name in known}
+    return read_job(path / JOB).execute(SimEnv(**described, workers=workers, resume=path, console=console))

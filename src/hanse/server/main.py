@@ -1,0 +1,85 @@
+"""Runs a federation's server from its kit, until it is told to end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import logging
+import signal
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from hanse.errors import ConfigError
+from hanse.identity.authority import new_key, request
+from hanse.identity.certificates import Credentials, Role, addresses_of
+from hanse.identity.kit import CREDENTIALS, Kit
+from hanse.server.service import FederationServer, Settings
+from hanse.transport.grpc import serve
+
+logger = logging.getLogger(__name__)
+
+
+async def serve_kit(kit: Kit, *, ready: Callable[[str], object] = lambda address: None) -> None:
+    """Serve until SIGTERM or SIGINT. ready: called with HOST:PORT once sites can connect. Jobs that ran go on by themselves.
+
+    Raises ConfigError if the kit is no server's or the server cannot listen, IdentityError for its credentials.
+    """
+    if kit.role is not Role.SERVER or kit.listen is None:
+        raise ConfigError(f"{kit.folder} is the kit of a {kit.role}: `hanse server start` needs the server's.")
+    _settle_in()
+    ended = asyncio.Event()
+    for kind in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(kind, ended.set)
+    service = FederationServer(settings_of(kit), fresh(kit), kit.authority())
+    listen, told = kit.listen, False
+    try:
+        await service.start()
+        while not ended.is_set():
+            credentials = fresh(kit)
+            server = await serve(service, credentials, listen)
+            service.drop = server.drop
+            listen = f"{listen.rpartition(':')[0]}:{server.port}"
+            if not told:
+                told = True
+                logger.info("the server of %s listens at %s", kit.federation, listen)
+                ready(f"{kit.server.rpartition(':')[0]}:{server.port}")
+            try:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(max(60.0, (_renew_at(credentials) - datetime.now(UTC)).total_seconds())):
+                        await ended.wait()
+            finally:
+                await server.close()  # sites connect again by themselves, to one with a new certificate if it was time for that
+    finally:
+        await service.close()
+        logger.info("the server has ended; jobs that run go on when it is started again")
+
+
+def settings_of(kit: Kit) -> Settings:
+    """How a server with this kit runs."""
+    blobs = kit.blobs if kit.blobs is None or "://" in kit.blobs else str(kit.folder / kit.blobs)
+    return Settings(state=kit.state_folder, address=kit.server, database=kit.database, blobs=blobs, certificate_days=kit.certificate_days)
+
+
+def fresh(kit: Kit) -> Credentials:
+    """The server's credentials; new ones if two thirds of their time are over. It holds the authority that issues them."""
+    credentials = kit.credentials()
+    if datetime.now(UTC) < _renew_at(credentials):
+        return credentials
+    key, addresses = new_key(), addresses_of(credentials.certificate)
+    certificate = kit.authority().issue(credentials.identity, request(key), days=kit.certificate_days, addresses=addresses)
+    renewed = Credentials(key, certificate, credentials.roots)
+    renewed.save(kit.folder / CREDENTIALS)
+    logger.info("the server's certificate is renewed, until %s", renewed.expires)
+    return renewed
+
+
+def _settle_in() -> None:
+    """Keep little memory for each of gRPC's threads: what passes through the server is large, and soon gone."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-8, 1)  # M_ARENA_MAX
+
+
+def _renew_at(credentials: Credentials) -> datetime:
+    return credentials.begins + (credentials.expires - credentials.begins) * 2 / 3

@@ -1,0 +1,163 @@
+"""The server as a process of its own, from its kit: what a signal and `kill -9` do to it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import psutil
+import pytest
+
+from hanse.errors import ConfigError
+from hanse.identity.authority import Authority, new_key, request
+from hanse.identity.certificates import Credentials, Identity, Role, addresses_of
+from hanse.identity.kit import AUTHORITY, CREDENTIALS, Kit, read_kit, write_kit
+from hanse.jobs.fedavg import FedAvgRecipe
+from hanse.messages.wire import Assignment, Received, TaskRef
+from hanse.server.main import fresh, serve_kit, settings_of
+from hanse.server.run import Run
+from hanse.server.service import Settings
+
+if TYPE_CHECKING:
+    from tests.server.conftest import SmallSite
+
+SERVER = """
+import asyncio, sys
+from pathlib import Path
+from hanse.identity.kit import read_kit
+from hanse.server.main import serve_kit
+
+asyncio.run(serve_kit(read_kit(Path(sys.argv[1])), ready=lambda address: print(address, flush=True)))
+"""
+APP = """
+from hanse import App, FLModel
+
+app = App()
+
+@app.train
+def train(model, site):
+    w = model.params["w"] + site.rng.normal(size=3)
+    return FLModel({"w": w.astype("f4")}, metrics={"loss": float(w[0])}, meta={"examples": 10 + site.rank})
+"""
+
+
+@pytest.fixture
+def kit(identities: Any, tmp_path: Path) -> Kit:
+    """The server's, in a folder."""
+    folder = tmp_path / "server"
+    kit = Kit(federation="test", role=Role.SERVER, name="server", organisation="lab", server="localhost:8443", listen="localhost:0")
+    write_kit(folder, kit)
+    identities.of(Role.SERVER, "server").save(folder / CREDENTIALS)
+    identities.authority.save(folder / AUTHORITY)
+    return read_kit(folder)
+
+
+async def started(kit: Kit, port: int = 0) -> tuple[asyncio.subprocess.Process, int]:
+    """The process, and the port it listens at."""
+    kit.listen = f"localhost:{port}"
+    write_kit(kit.folder, kit)
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", SERVER, str(kit.folder), stdout=asyncio.subprocess.PIPE)
+    assert process.stdout is not None
+    async with asyncio.timeout(30):
+        line = await process.stdout.readline()
+    return process, int(line.decode().rpartition(":")[2])
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
+async def test_a_server_that_died_in_a_round_goes_on_with_what_it_had(
+    kit: Kit, identities: Any, tmp_path: Path, load: Any, kind: signal.Signals
+) -> None:
+    from tests.server.conftest import RealFederation
+
+    recipe = FedAvgRecipe(name="count", model={"w": np.zeros(3, "f4")}, app=load(APP).app, rounds=4)
+    go = asyncio.Event()
+
+    async def wait(site: SmallSite, assignment: Assignment) -> bool:
+        if assignment.task.commit == 2:
+            await go.wait()
+        return True
+
+    process, port = await started(kit)
+    federation = RealFederation(identities, Settings(state=kit.state_folder, address=""), tmp_path, port=port)
+    try:
+        quick, slow = await federation.site("a", recipe), await federation.site("b", recipe, hook=wait)
+        job = (await federation.submit(recipe))["job"]
+        third = TaskRef(2, 0)
+        await quick.until(lambda: Received(job=job, task=third) in quick.heard)
+        await slow.until(lambda: any(isinstance(m, Assignment) and m.task == third for m in slow.heard))
+        (workflow,) = psutil.Process(process.pid).children()
+        process.send_signal(kind)
+        async with asyncio.timeout(30):
+            assert await process.wait() == (-kind if kind == signal.SIGKILL else 0)
+        psutil.wait_procs([workflow], timeout=30)
+        assert not workflow.is_running()  # it dies with its server
+        process, again = await started(kit, port)
+        assert again == port
+        go.set()
+        for site in (quick, slow):
+            await federation.disconnect(site)
+            await federation.site(site.name, recipe, again=site)
+        assert (await federation.finished(job))["status"] == "completed"
+        assert quick.performed == slow.performed == [TaskRef(commit, 0) for commit in range(4)]
+        undisturbed = (await federation.submit(recipe))["job"]
+        assert (await federation.finished(undisturbed))["status"] == "completed"
+        first, second = (Run(kit.state_folder / "jobs" / each).get_result().params["w"] for each in (job, undisturbed))
+        np.testing.assert_array_equal(first, second)
+    finally:
+        for task in federation.tasks:
+            task.cancel()
+        for client in federation.clients:
+            await client.close()
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def test_a_kit_that_is_no_servers_is_refused(kit: Kit) -> None:
+    kit.role = Role.SITE
+    with pytest.raises(ConfigError, match="the kit of a site"):
+        await serve_kit(kit)
+
+
+def test_the_settings_follow_the_kit(kit: Kit) -> None:
+    assert settings_of(kit) == Settings(state=kit.folder / "state", address="localhost:8443", certificate_days=kit.certificate_days)
+    kit.blobs, kit.database, kit.state = "blobs", "postgresql://x/y", "elsewhere"
+    assert settings_of(kit).blobs == str(kit.folder / "blobs")
+    assert settings_of(kit).database == "postgresql://x/y"
+    assert settings_of(kit).state == kit.folder / "elsewhere"
+    kit.blobs = "s3://bucket/x"
+    assert settings_of(kit).blobs == "s3://bucket/x"
+
+
+def test_the_servers_certificate_is_renewed_when_two_thirds_are_over(kit: Kit, identities: Any) -> None:
+    assert fresh(kit) == kit.credentials()
+    root: Authority = identities.root
+    key = new_key()
+    who = Identity("test", Role.SERVER, "server", "lab")
+    nearly_over = identities.authority.issue(
+        who, request(key), days=1 / 24 / 60, addresses=["localhost", "127.0.0.1"]
+    )  # began 10 minutes ago
+    Credentials(key, nearly_over, root.roots).save(kit.folder / CREDENTIALS)
+    renewed = fresh(kit)
+    assert renewed == kit.credentials()
+    assert renewed.identity == who
+    assert renewed.key != key
+    assert addresses_of(renewed.certificate) == ("localhost", "127.0.0.1")
+    assert renewed.expires > datetime.now(UTC) + timedelta(days=20)
+    assert os.stat(kit.folder / CREDENTIALS / "key.pem").st_mode & 0o777 == 0o600
+
+
+async def test_a_second_server_on_the_same_folder_is_refused(kit: Kit) -> None:
+    process, _ = await started(kit)
+    try:
+        with pytest.raises(ConfigError, match="another server is running on"):
+            await serve_kit(read_kit(kit.folder))
+    finally:
+        process.kill()
+        await process.wait()
