@@ -13,7 +13,8 @@ def test_the_tree_is_the_one_drawn_at_the_top_of_the_file() -> None:
     names = [line.split("── ")[1].split()[0] for line in drawn]
     classes = {name: value for name, value in vars(errors).items() if inspect.isclass(value) and issubclass(value, HanseError)}
     assert {*names, "HanseError"} == classes.keys()
-    assert {name: classes[name].__base__ for name in names} == {name: HanseError for name in names} | {"JobStopped": JobFailed, "PolicyRefused": Refused}
+    bases = dict.fromkeys(names, HanseError) | {"JobStopped": JobFailed, "PolicyRefused": Refused}
+    assert {name: classes[name].__base__ for name in names} == bases
 
 
 def test_the_hint_is_part_of_the_printed_message() -> None:

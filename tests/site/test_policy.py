@@ -313,3 +313,9 @@ def test_a_cap_of_nothing() -> None:
     with pytest.raises(HanseError, match=r"caps\.upload_bytes"):
         Meter(Caps(upload_bytes=0)).charge(upload_bytes=1)
     Meter(Caps(upload_bytes=0)).charge(download_bytes=1)
+
+
+def test_a_bare_off_means_what_it_says(tmp_path: Path) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text("sandbox: off\n")
+    assert read_policy(path).sandbox == "off"

@@ -170,7 +170,7 @@ class End(_Message):
 FromServer = Welcome | Offer | Assignment | Received | Withdraw | End
 
 
-# ----------------------------------------------------------------------------------------------------------------------- asking for something
+# --------------------------------------------------------------------------------------------------------------- asking for something
 
 
 class Request(_Message):

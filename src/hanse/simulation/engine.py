@@ -20,7 +20,8 @@ from hanse.errors import Failure, LinkBroken
 from hanse.jobs.parts import describe_part
 from hanse.messages.codec import decode, decode_update, encode_task
 from hanse.messages.update import Update
-from hanse.simulation.worker import Begin, Close, Closed, End, Run, Staff, decode_answer, encode_order, preload, work
+from hanse.simulation.worker import Begin, Close, Closed, End, Run, Staff, decode_answer, encode_order, work
+from hanse.site.process import preload
 from hanse.site.script import Ending
 from hanse.transport.courier import Ask, Folded
 from hanse.transport.memory import Body, MemoryLink, Received, SharedBody, map_shared

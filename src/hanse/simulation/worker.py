@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
 import os
-import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
 import msgspec
-import threadpoolctl  # type: ignore[import-untyped]
 
 from hanse.aggregation.aggregator import Aggregator
 from hanse.app import App
-from hanse.client.framework import load_adapter, loaded
-from hanse.client.script import Script, imported_modules
+from hanse.client.script import Script
 from hanse.client.session import SiteInfo
 from hanse.cohort import fold_group
 from hanse.errors import LinkBroken
@@ -34,12 +27,11 @@ from hanse.messages.flmodel import FLModel
 from hanse.messages.task import TaskId
 from hanse.messages.update import Update
 from hanse.simulation.roster import NamedSites, NumberedSites
+from hanse.site.process import settle_in
 from hanse.site.runner import SiteRunner
 from hanse.site.script import Ending
 from hanse.transport.courier import Roster
 from hanse.transport.memory import INLINE_BYTES, MemoryLink, Received, SharedBody, map_shared
-
-_THREAD_SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
 class Hello(msgspec.Struct, tag=True):
@@ -107,8 +99,6 @@ class Closed(msgspec.Struct, tag=True):
 
 ToWorker = Hello | Begin | Run | End | Close
 FromWorker = Done | Closed
-_MMAP_FROM_BYTES = 32 << 20
-_KEEP_BYTES = 256 << 20
 _encode = msgspec.msgpack.Encoder(enc_hook=lambda value: value.item()).encode
 _decode = msgspec.msgpack.Decoder(ToWorker).decode
 decode_answer = msgspec.msgpack.Decoder(FromWorker).decode
@@ -172,16 +162,6 @@ def main() -> None:
     work(link, hello.staff, hello.threads)
 
 
-def preload(code: App | Script, framework: str | None) -> None:
-    """Import what the sites' code will, before the workers are forked: once for all of them, and in memory that they share."""
-    if framework is not None:
-        load_adapter(framework).preload()
-    if isinstance(code, Script):
-        for name in imported_modules(code.path):
-            with contextlib.suppress(Exception):  # the script will say so itself, to whom it concerns
-                import_module(name)
-
-
 def work(link: MemoryLink, staff: Callable[[], Staff], threads: int) -> NoReturn:
     """Be a worker until the engine says Close or is gone; then the process ends, at once and without unwinding what it was forked from."""
     status = 1
@@ -195,24 +175,6 @@ def work(link: MemoryLink, staff: Callable[[], Staff], threads: int) -> NoReturn
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-
-
-def settle_in(threads: int) -> None:
-    """Make this process a worker: die with the parent, leave Ctrl-C to it, and compute with so many threads."""
-    signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        with contextlib.suppress(AttributeError):  # glibc alone has it: keep freed memory, since touching new pages costs more
-            libc.mallopt(-3, _MMAP_FROM_BYTES)  # M_MMAP_THRESHOLD
-            libc.mallopt(-1, _KEEP_BYTES)  # M_TRIM_THRESHOLD
-    os.environ.update(dict.fromkeys(_THREAD_SETTINGS, str(threads)))
-    threadpoolctl.threadpool_limits(threads)
-    for adapter in loaded():
-        adapter.limit_threads(threads)
-    gc.freeze()
 
 
 def serve(link: MemoryLink, staff: Staff) -> None:

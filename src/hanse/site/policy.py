@@ -153,7 +153,10 @@ def read_policy(path: Path) -> Policy:
     """The policy in a file. Raises ConfigError with the place of a clause that is unknown, malformed or there twice."""
     _check_no_doubles(path)
     try:
-        return msgspec.convert(read_mapping(path), Policy)
+        written = read_mapping(path)
+        if written.get("sandbox") is False:  # what YAML makes of a bare `off`
+            written["sandbox"] = "off"
+        return msgspec.convert(written, Policy)
     except (msgspec.ValidationError, ConfigError, NotInstalled) as error:
         text = str(error)
         raise ConfigError(text if text.startswith(str(path)) else f"{path}: {text}") from error

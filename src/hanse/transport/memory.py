@@ -8,6 +8,7 @@ body that shall outlive the exchange, or go to many receivers, is written to a `
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import mmap
 import os
 import socket
@@ -23,6 +24,8 @@ from hanse.errors import LinkBroken
 INLINE_BYTES = 64 << 10
 """Bodies up to this size ride in the socket: cheaper than mapping."""
 
+MAX_SLOTS = 1000
+
 Buffer = bytes | bytearray | memoryview | mmap.mmap
 _HEAD = struct.Struct("<BIQI")  # kind, message bytes, body bytes, slot
 _INLINE, _SLOT, _NEW_SLOT, _SHARED, _RELEASE = range(5)
@@ -33,7 +36,7 @@ _DESCRIPTOR_BYTES = socket.CMSG_LEN(16 * array("i").itemsize)
 def _anonymous_memory() -> int:
     """A descriptor of memory without a name, so nothing is left behind by a killed process."""
     if hasattr(os, "memfd_create"):
-        return os.memfd_create("hanse", os.MFD_CLOEXEC)
+        return os.memfd_create("hanse", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())
 
@@ -51,6 +54,13 @@ class SharedBody:
                     written = file.write(left)
                     left = left[written:]
                     self.size += written
+
+    @classmethod
+    def of(cls, descriptor: int) -> SharedBody:
+        """A file that is open for reading, as a body; the descriptor is the body's from now on. It is not read here."""
+        body = cls.__new__(cls)
+        body.descriptor, body.size = descriptor, os.fstat(descriptor).st_size
+        return body
 
     def map(self) -> memoryview:
         """The bytes, in a private mapping: a write stays in this mapping and reaches nobody else."""
@@ -78,10 +88,15 @@ class Received:
 
 
 class MemoryLink:
-    """One end of a two-way, ordered link to another process of this machine."""
+    """One end of a two-way, ordered link to another process of this machine.
+
+    Set `max_message_bytes` where the other end is not trusted: a longer message, like anything else that `send` does not do, breaks the
+    link before it takes memory.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self.socket = sock
+        self.max_message_bytes = 1 << 32
         self._sending: list[tuple[int, mmap.mmap]] = []  # slots: descriptor and mapping, by number
         self._free: deque[int] = deque()
         self._mapped: dict[int, tuple[int, mmap.mmap]] = {}  # the peer's slots, by number
@@ -98,9 +113,10 @@ class MemoryLink:
     def close(self) -> None:
         """Close this end. Slots that somebody still reads stay mapped until they let go."""
         self.socket.close()
-        for descriptor, _ in (*self._sending, *self._mapped.values()):
+        for descriptor in (*(held for held, _ in (*self._sending, *self._mapped.values())), *self._descriptors):
             os.close(descriptor)
         self._sending, self._mapped = [], {}
+        self._descriptors.clear()
 
     # sending
 
@@ -191,6 +207,8 @@ class MemoryLink:
     def _parse(self) -> Received | None:
         while (head := self._head()) is not None:
             kind, message_bytes, size, slot = head
+            if message_bytes > self.max_message_bytes or (kind == _INLINE and message_bytes + size > INLINE_BYTES):
+                raise LinkBroken(f"the other end announces a message of {message_bytes:,} bytes with a body of {size:,}, which is too long")
             end = _HEAD.size + (message_bytes if kind in (_INLINE, _SHARED) else 0)
             total = end + (size if kind == _INLINE else 0)
             if len(self._inbox) < total:
@@ -202,21 +220,31 @@ class MemoryLink:
             elif kind == _INLINE:
                 return Received(message, Body(memoryview(inline), _nothing) if size else None)
             elif kind == _SHARED:
-                return Received(message, shared=(self._descriptors.popleft(), size))
+                return Received(message, shared=(self._next_descriptor(), size))
             else:
                 return self._open_slot(slot, message_bytes, size, new=kind == _NEW_SLOT)
         return None
 
     def _open_slot(self, slot: int, message_bytes: int, size: int, *, new: bool) -> Received:
         if new:
-            descriptor = self._descriptors.popleft()
+            descriptor = self._next_descriptor()
+            _never_shrinks(descriptor)
+            if slot in self._mapped or len(self._mapped) == MAX_SLOTS or not os.fstat(descriptor).st_size:
+                raise LinkBroken("the other end sends shared memory that is empty, or more of it than anybody needs")
             self._mapped[slot] = descriptor, mmap.mmap(descriptor, os.fstat(descriptor).st_size, access=mmap.ACCESS_READ)
+        if slot not in self._mapped or size + message_bytes > len(self._mapped[slot][1]):
+            raise LinkBroken(f"the other end names {size + message_bytes:,} bytes of shared memory that are not there")
         view = memoryview(self._mapped[slot][1])
         message = bytes(view[size : size + message_bytes])
         if not size:
             self._release(slot)
             return Received(message)
         return Received(message, Body(view[:size], lambda: self._release(slot)))
+
+    def _next_descriptor(self) -> int:
+        if not self._descriptors:
+            raise LinkBroken("the other end names shared memory and sends no descriptor of it")
+        return self._descriptors.popleft()
 
     def _release(self, slot: int) -> None:
         with contextlib.suppress(LinkBroken):  # a sender that died took its slots with it: there is nobody to tell
@@ -230,6 +258,16 @@ def map_shared(shared: tuple[int, int]) -> memoryview:
 
 def _map_privately(descriptor: int, size: int) -> memoryview:
     return memoryview(mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY))
+
+
+def _never_shrinks(descriptor: int) -> None:
+    """Seal memory of the other end: were it cut short, whoever reads its mapping would be killed. Raises LinkBroken if it cannot be."""
+    if not hasattr(os, "memfd_create"):
+        return
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    except OSError as error:
+        raise LinkBroken(f"the other end's shared memory cannot be sealed: {error}") from error
 
 
 def _nothing() -> None:

@@ -1,0 +1,72 @@
+"""What a process that runs training code does before it begins: the same in a simulation's worker and in a site's trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import os
+import signal
+import sys
+from importlib import import_module
+
+import threadpoolctl  # type: ignore[import-untyped]
+
+from hanse.app import App
+from hanse.client.framework import load_adapter, loaded
+from hanse.client.script import Script, imported_modules
+
+_THREAD_SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+_MMAP_FROM_BYTES = 32 << 20
+_KEEP_BYTES = 256 << 20
+_LARGE_BYTES = 512 << 10
+
+
+def thread_settings(threads: int) -> dict[str, str]:
+    """The environment variables by which numerical libraries are told how many threads to compute with."""
+    return dict.fromkeys(_THREAD_SETTINGS, str(threads))
+
+
+def preload(code: App | Script, framework: str | None) -> None:
+    """Import what the sites' code will: in a simulation before the workers are forked, once for all of them, in memory that they share."""
+    if framework is not None:
+        load_adapter(framework).preload()
+    if isinstance(code, Script):
+        for name in imported_modules(code.path):
+            with contextlib.suppress(Exception):  # the script will say so itself, to whom it concerns
+                import_module(name)
+
+
+def die_with_parent() -> None:
+    """Linux ends this process when the one that started it ends. Elsewhere it ends when it finds its link broken."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def stay_small() -> None:
+    """Have glibc share one heap among threads and give freed memory back. gRPC's threads pass buffers on to each other: with a heap for
+    each of them, an agent through which a model of 1 GiB has gone keeps up to half of it."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-8, 1)  # M_ARENA_MAX
+            libc.mallopt(-3, _LARGE_BYTES)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, 2 * _LARGE_BYTES)  # M_TRIM_THRESHOLD
+
+
+def settle_in(threads: int) -> None:
+    """Make this process a worker: die with the parent, leave Ctrl-C to it, and compute with so many threads."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    die_with_parent()
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # glibc alone has it: keep freed memory, since touching new pages costs more
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-3, _MMAP_FROM_BYTES)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, _KEEP_BYTES)  # M_TRIM_THRESHOLD
+    os.environ.update(thread_settings(threads))
+    threadpoolctl.threadpool_limits(threads)
+    for adapter in loaded():
+        adapter.limit_threads(threads)
+    gc.freeze()

@@ -1,0 +1,91 @@
+"""A sandbox for training code, made by bubblewrap: no network, no keys, nothing of the machine but what computing takes.
+
+Inside there are the system's libraries, the Python that runs the code, this package and the site's data folders, all read-only; the job's
+files, read-only; and the job's work folder, which is the only place to write besides `/tmp`. Namespaces of its own: network (without even
+a connection to this machine), processes, users, IPC. The folders in `hidden`, such as the kit with its keys, are empty in there, even where
+they lie below something that is visible.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from hanse.errors import ConfigError
+
+_SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/alternatives", "/etc/localtime", "/sys/devices/system")
+_LINKER = ("/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d")
+_PROBE_WITHIN_S = 20.0
+_WHERE = "import json, sys; from hanse import errors; print(json.dumps([sys.prefix, sys.base_prefix, *sys.path, errors.__file__]))"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sandbox:
+    """What is inside besides the system. python: the interpreter. readable: further files and folders. hidden: what is never visible."""
+
+    python: str = sys.executable
+    readable: Sequence[Path] = ()
+    hidden: Sequence[Path] = ()
+    gpus: bool = False
+
+    def command(self, arguments: Sequence[str], *, job: Path | None = None, work: Path | None = None) -> list[str]:
+        """The command line that runs the interpreter with these arguments inside. job: its files; work: where it may write, and starts.
+
+        Raises ConfigError if the interpreter cannot be asked where its files are.
+        """
+        mounts = {path: ["--ro-bind-try", str(path), str(path)] for path in (*interpreter_paths(self.python), *_absolute(self.readable))}
+        mounts |= {path: ["--tmpfs", str(path)] for path in _absolute(self.hidden)}
+        if job is not None:
+            mounts[job.absolute()] = ["--ro-bind", str(job.absolute()), str(job.absolute())]
+        if work is not None:
+            mounts[work.absolute()] = ["--bind", str(work.absolute()), str(work.absolute())]
+        return [
+            "bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--hostname", "trainer",
+            *(word for path in (*_SYSTEM, *_LINKER) for word in ("--ro-bind-try", path, path)),
+            "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp",
+            *(word for path in sorted(Path("/dev").glob("nvidia*")) if self.gpus for word in ("--dev-bind", str(path), str(path))),
+            *(word for path in sorted(mounts, key=lambda path: len(path.parts)) for word in mounts[path]),  # a folder before what is in it
+            *(() if work is None else ("--chdir", str(work.absolute()))),
+            "--", self.python, *arguments,
+        ]  # fmt: skip
+
+    def problem(self) -> str | None:
+        """Why it does not work on this machine; None if it does. Takes the time that Python takes to start."""
+        if shutil.which("bwrap") is None:
+            return "bubblewrap is not installed: there is no `bwrap` on the PATH"
+        try:
+            command = self.command(["-P", "-c", "import hanse.errors"])
+            done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=_PROBE_WITHIN_S, text=True, check=False)
+        except (OSError, subprocess.TimeoutExpired, ConfigError) as error:
+            return f"bubblewrap cannot be tried: {error}"
+        said = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
+        return None if done.returncode == 0 else f"bubblewrap ended with status {done.returncode}: {said}"
+
+
+@lru_cache
+def interpreter_paths(python: str) -> tuple[Path, ...]:
+    """The files and folders that an interpreter imports from, `hanse` among them. Raises ConfigError if it cannot be asked."""
+    try:
+        done = subprocess.run([python, "-P", "-c", _WHERE], capture_output=True, stdin=subprocess.DEVNULL, text=True, check=True)
+        prefix, base, *others, package = json.loads(done.stdout)
+    except (OSError, subprocess.CalledProcessError, ValueError) as error:
+        said = getattr(error, "stderr", "").strip().splitlines()
+        raise ConfigError(
+            f"{python} cannot run training code: {said[-1] if said else error}.", hint="Install hanse for it, or set `python` in kit.yaml."
+        ) from error
+    source = Path(package).parent
+    # Of a development checkout, the package and not all that lies beside it.
+    paths = [Path(prefix), Path(base), source, *(Path(path) for path in others if path and Path(path) != source.parent)]
+    if source.parent.name in ("site-packages", "dist-packages"):
+        paths.append(source.parent)
+    return tuple(dict.fromkeys(path.absolute() for path in paths if path.exists() and path != Path("/")))
+
+
+def _absolute(paths: Iterable[Path]) -> list[Path]:
+    return [path.resolve() for path in paths]
