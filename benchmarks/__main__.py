@@ -11,7 +11,7 @@ from pathlib import Path
 from claims import Claim, machine, parser, table
 
 HERE = Path(__file__).parent
-ORDER = ("silo", "device", "sum", "overhead", "import_time")
+ORDER = ("silo", "device", "sum", "overhead", "import_time", "transport", "latency", "idle", "poc")
 
 
 def main() -> None:
