@@ -21,12 +21,17 @@ if TYPE_CHECKING:
     from hanse.app import App as App
     from hanse.app import Site as Site
     from hanse.cohort import Cohort as Cohort
-    from hanse.environments import SimEnv as SimEnv
-    from hanse.environments import resume as resume
+    from hanse.environments.poc import PocEnv as PocEnv
+    from hanse.environments.production import ProdEnv as ProdEnv
+    from hanse.environments.simulation import SimEnv as SimEnv
+    from hanse.environments.simulation import resume as resume
     from hanse.errors import ConfigError as ConfigError
     from hanse.errors import HanseError as HanseError
+    from hanse.errors import IdentityError as IdentityError
     from hanse.errors import JobFailed as JobFailed
     from hanse.errors import JobStopped as JobStopped
+    from hanse.errors import PolicyRefused as PolicyRefused
+    from hanse.errors import Refused as Refused
     from hanse.errors import TooFewUpdates as TooFewUpdates
     from hanse.filters import CastTo as CastTo
     from hanse.filters import ClipNorm as ClipNorm
@@ -55,8 +60,10 @@ _HOMES = {
     "aggregation.server_optimizer": ("SGD", "Adagrad", "Adam", "Yogi"),
     "app": ("App", "Site"),
     "cohort": ("Cohort",),
-    "environments": ("SimEnv", "resume"),
-    "errors": ("ConfigError", "HanseError", "JobFailed", "JobStopped", "TooFewUpdates"),
+    "environments.poc": ("PocEnv",),
+    "environments.production": ("ProdEnv",),
+    "environments.simulation": ("SimEnv", "resume"),
+    "errors": ("ConfigError", "HanseError", "IdentityError", "JobFailed", "JobStopped", "PolicyRefused", "Refused", "TooFewUpdates"),
     "filters": ("CastTo", "ClipNorm", "Exclude", "Filters", "GaussianNoise"),
     "jobs.cyclic": ("CyclicRecipe",),
     "jobs.evaluate": ("FedEvalRecipe",),

@@ -173,3 +173,10 @@ def test_what_execute_writes_can_be_run_again(app: App, folder: Path, tmp_path: 
     assert hanse("run", tmp_path / "runs" / "exported-001" / "job", "--runs", tmp_path / "runs").returncode == 0
     models = [(tmp_path / "runs" / f"exported-00{number}" / "model.safetensors").read_bytes() for number in (1, 2)]
     assert models[0] == models[1]
+
+
+def test_what_help_loads() -> None:
+    """`hanse --help` is quick because commands load what they need when they run."""
+    code = "import sys, hanse.cli.main; print(sorted({'numpy', 'grpc', 'cryptography', 'sqlalchemy', 'yaml', 'torch'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "[]\n")

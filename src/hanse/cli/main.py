@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from hanse.cli import audit, job, poc, provision, server, site
 from hanse.errors import ConfigError, HanseError, JobStopped
 
 app = typer.Typer(
@@ -17,6 +18,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+_EXTRAS = {"cryptography": "site", "grpc": "site", "sqlalchemy": "server", "aiosqlite": "server", "asyncpg": "postgres", "obstore": "s3"}
+"""The extra that brings a package which only some commands need."""
 
 Workers = Annotated[int | None, typer.Option(help="Worker processes; default: one for each core. The result does not depend on it.", min=1)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object a line instead of text.")]
@@ -84,6 +88,12 @@ def version() -> None:
         typer.echo(f"{name} {number}")
 
 
+for command in (provision.provision, provision.token, provision.revoke):
+    app.command()(command)
+for name, group in (("server", server.app), ("site", site.app), ("job", job.app), ("poc", poc.app), ("audit", audit.app)):
+    app.add_typer(group, name=name)
+
+
 def main() -> None:
     """Run the command; an error ends it with one clear text and a status: 2 for wrong input, 130 if it was stopped, else 1."""
     try:
@@ -93,6 +103,11 @@ def main() -> None:
     except HanseError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except ModuleNotFoundError as error:
+        if (extra := _EXTRAS.get((error.name or "").partition(".")[0])) is None:
+            raise
+        typer.echo(f"error: the package {error.name!r} is not installed. Install it with: pip install 'hanse[{extra}]'", err=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import msgspec
 
 from hanse.errors import ConfigError, LinkBroken
 from hanse.identity.certificates import Role
+from hanse.identity.kit import read_kit, write_kit
 from hanse.provision.kits import provision
 from hanse.provision.project import Project
 
@@ -120,6 +121,8 @@ async def local_federation(folder: Path, sites: Sequence[str], *, policy: str = 
         members += await asyncio.gather(*(_start("site", site, folder / "sites" / site, logs) for site in sites))
         if not admin_kit(folder).is_dir():  # while they load what they need
             provision(local_project(sites, _free_port()), folder)
+            kit = read_kit(folder / "server")  # the jobs are the user's own, and so is the machine
+            write_kit(kit.folder, msgspec.structs.replace(kit, sandbox="off"))
         for site in sites:
             (folder / "sites" / site / "policy.yaml").write_text(policy)
         await members[0].begin()
