@@ -1,26 +1,31 @@
-"""A sandbox for training code, made by bubblewrap: no network, no keys, nothing of the machine but what computing takes.
+"""A sandbox for a job's code, made by bubblewrap: no network, no keys, nothing of the machine but what computing takes.
 
-Inside there are the system's libraries, the Python that runs the code, this package and the site's data folders, all read-only; the job's
-files, read-only; and the job's work folder, which is the only place to write besides `/tmp`. Namespaces of its own: network (without even
-a connection to this machine), processes, users, IPC. The folders in `hidden`, such as the kit with its keys, are empty in there, even where
-they lie below something that is visible.
+A site's training code runs in it, and at the server a job's workflow. Inside there are the system's libraries, the Python that runs the
+code, this package and what is readable, such as the site's data folders; the job's files, read-only; and a work folder, the only place to
+write besides `/tmp`. Namespaces of its own: network (without even a connection to this machine), processes, users, IPC. The folders in
+`hidden`, such as the kit with its keys, are empty in there, even where they lie below something that is visible.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 from hanse.errors import ConfigError
 
+SandboxMode = Literal["required", "preferred", "off"]
+
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/alternatives", "/etc/localtime", "/sys/devices/system")
 _LINKER = ("/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d")
+_PASSED_ON = ("PATH", "LANG", "LC_ALL", "TZ", "PYTHONPATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
 _PROBE_WITHIN_S = 20.0
 _WHERE = "import json, sys; from hanse import errors; print(json.dumps([sys.prefix, sys.base_prefix, *sys.path, errors.__file__]))"
 
@@ -46,7 +51,7 @@ class Sandbox:
         if work is not None:
             mounts[work.absolute()] = ["--bind", str(work.absolute()), str(work.absolute())]
         return [
-            "bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--hostname", "trainer",
+            "bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--hostname", "job",
             *(word for path in (*_SYSTEM, *_LINKER) for word in ("--ro-bind-try", path, path)),
             "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp",
             *(word for path in sorted(Path("/dev").glob("nvidia*")) if self.gpus for word in ("--dev-bind", str(path), str(path))),
@@ -66,6 +71,13 @@ class Sandbox:
             return f"bubblewrap cannot be tried: {error}"
         said = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
         return None if done.returncode == 0 else f"bubblewrap ended with status {done.returncode}: {said}"
+
+
+def environment(scratch: Path) -> Mapping[str, str]:
+    """All environment variables of a process that runs a job's code: where programs and libraries are, and a home of its own."""
+    passed = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    place = {"HOME": str(scratch), "TMPDIR": str(scratch), "USER": "job", "LOGNAME": "job", "PYTHONDONTWRITEBYTECODE": "1"}
+    return {"LANG": "C.UTF-8", **passed, **place}
 
 
 @lru_cache

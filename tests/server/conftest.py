@@ -279,7 +279,7 @@ def real_federation(identities: Identities, tmp_path: Path) -> Federates:
 
     @asynccontextmanager
     async def enter(**settings: Any) -> AsyncIterator[RealFederation]:
-        about = Settings(**{"state": tmp_path / "state", "address": "localhost:0", **settings})
+        about = Settings(**{"state": tmp_path / "state", "address": "localhost:0", "sandbox": "preferred", **settings})
         federation = RealFederation(identities, about, tmp_path)
         await federation.start()
         try:

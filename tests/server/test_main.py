@@ -126,7 +126,11 @@ async def test_a_kit_that_is_no_servers_is_refused(kit: Kit) -> None:
 
 
 def test_the_settings_follow_the_kit(kit: Kit) -> None:
-    assert settings_of(kit) == Settings(state=kit.folder / "state", address="localhost:8443", certificate_days=kit.certificate_days)
+    assert settings_of(kit) == Settings(
+        state=kit.folder / "state", address="localhost:8443", certificate_days=kit.certificate_days, hidden=[kit.folder]
+    )
+    kit.sandbox, kit.absence_s, kit.max_running = "preferred", 5, 2
+    assert (settings_of(kit).sandbox, settings_of(kit).absence_s, settings_of(kit).max_running) == ("preferred", 5, 2)
     kit.blobs, kit.database, kit.state = "blobs", "postgresql://x/y", "elsewhere"
     assert settings_of(kit).blobs == str(kit.folder / "blobs")
     assert settings_of(kit).database == "postgresql://x/y"

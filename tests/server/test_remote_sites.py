@@ -79,7 +79,7 @@ def courier(server: Server, names: list[str]) -> RemoteSites:
         raise AssertionError("the server is gone")
 
     link: MemoryLink = server.other_end  # type: ignore[attr-defined]
-    return RemoteSites(link, tuple(names), server.updates, server.tasks, filters=Filters(), seed=0, gone=gone)
+    return RemoteSites(link, tuple(names), server.updates.folder, server.tasks, filters=Filters(), seed=0, gone=gone)
 
 
 def update_of(ask: Ask, site: str, size: int, names: list[str]) -> Update:

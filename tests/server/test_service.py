@@ -8,6 +8,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from hanse.messages.flmodel import FLModel
 from hanse.messages.task import TaskId
 from hanse.messages.update import Update
 from hanse.messages.wire import Assignment, Blob, Delivery, Hello, Output, Payload, Received, Resources, TaskRef, Withdraw
+from hanse.sandbox import Sandbox
 from hanse.server.run import Run
 from hanse.transport.blobs import FolderBlobs
 from hanse.transport.grpc import Client
@@ -46,6 +48,19 @@ def train(model, site):
     rounds = site.state["rounds"] = site.state.get("rounds", 0) + 1
     w = model.params["w"] + site.rng.normal(size=model.params["w"].shape) + rounds + site.config.get("offset", 0)
     return FLModel({"w": w.astype("f4")}, metrics={"loss": float(w[0])}, meta={"examples": 10 + site.rank})
+"""
+CURIOUS = """
+import os, socket
+from pathlib import Path
+
+if not os.environ.get("PYTEST_CURRENT_TEST"):
+    try:
+        socket.create_connection(("127.0.0.1", PORT), timeout=5)
+        reached = "reached"
+    except OSError:
+        reached = "OSError"
+    keys = [str(path) for path in Path("KEYS").rglob("*")]
+    print("SEEN", keys, sorted(os.listdir("STATE")), os.listdir("STATE/jobs"), reached)
 """
 ROUNDS = 4
 
@@ -530,6 +545,28 @@ async def test_jobs_live_in_postgresql_and_blobs_in_an_object_store(
         assert (await federation.finished(job))["status"] == "completed"
         assert quick.performed == [TaskRef(commit, 0) for commit in range(3)]
         assert_same(result_of(federation, job), simulated(recipe, tmp_path, ["a", "b"]))
+
+
+async def test_a_jobs_code_sees_no_keys_and_no_other_jobs_at_the_server(
+    real_federation: Federates, recipe: FedAvgRecipe, load: Callable[[str], Any], tmp_path: Path
+) -> None:
+    if problem := Sandbox().problem():
+        pytest.skip(problem)
+    keys = tmp_path / "kit" / "credentials"
+    keys.mkdir(parents=True)
+    (keys / "key.pem").write_text("secret")
+    places = {"KEYS": str(tmp_path / "kit"), "STATE": str(tmp_path / "state")}
+    curious = APP + CURIOUS
+    for name, value in places.items():
+        curious = curious.replace(name, value)
+    async with real_federation(sandbox="required", hidden=[tmp_path / "kit"]) as federation:
+        curious = curious.replace("PORT", str(federation.server.port))
+        await federation.site("a", recipe)
+        await federation.finished((await federation.submit(recipe))["job"])
+        about = await federation.finished((await federation.submit(replace(recipe, app=load(curious).app)))["job"])
+        seen = (tmp_path / "state" / "jobs" / about["job"] / "server.log").read_text()
+    assert (about["status"], about["reason"]) == ("completed", "")
+    assert "SEEN [] ['blobs', 'jobs'] ['count-0002'] OSError" in seen
 
 
 async def test_code_that_cannot_be_imported_fails_the_job_at_once(real_federation: Federates, load: Callable[[str], Any]) -> None:

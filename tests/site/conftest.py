@@ -273,7 +273,7 @@ def training_processes() -> Callable[[asyncio.subprocess.Process], list[psutil.P
 
 @pytest.fixture
 def sandboxed() -> None:
-    from hanse.site.sandbox import Sandbox
+    from hanse.sandbox import Sandbox
 
     if problem := Sandbox().problem():
         pytest.skip(problem)

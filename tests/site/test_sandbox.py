@@ -14,8 +14,7 @@ from hanse.identity.kit import CREDENTIALS, write_kit
 from hanse.messages.flmodel import FLModel
 from hanse.messages.task import Task
 from hanse.messages.wire import Hello, OfferReply
-from hanse.site.launcher import environment
-from hanse.site.sandbox import Sandbox, interpreter_paths
+from hanse.sandbox import Sandbox, environment, interpreter_paths
 
 OneSite = Any  # of conftest.py
 
@@ -169,8 +168,7 @@ def test_an_interpreter_without_hanse_is_named() -> None:
 def test_the_environment_has_nothing_of_the_agents_but_where_programs_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", "/some/bin")
     monkeypatch.setenv("TOKEN", "secret")
-    found = environment(tmp_path, 2)
+    found = environment(tmp_path)
     assert found["PATH"] == "/some/bin"
     assert found["HOME"] == found["TMPDIR"] == str(tmp_path)
-    assert found["OMP_NUM_THREADS"] == "2"
     assert "TOKEN" not in found

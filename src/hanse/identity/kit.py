@@ -14,6 +14,7 @@ from hanse.identity.authority import Authority
 from hanse.identity.certificates import Credentials, Role
 from hanse.identity.signatures import Signer
 from hanse.messages.wire import Name, Resources
+from hanse.sandbox import SandboxMode
 
 KIT = "kit.yaml"
 CREDENTIALS = "credentials"
@@ -28,7 +29,9 @@ class Kit(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_default
 
     server: the host:port that others connect to. state: where what has to last is kept, relative to the kit.
     Of the server: listen, host:port to listen at; database, an SQLAlchemy URL (default SQLite in the state folder); blobs, a folder or
-    an s3:// URL (default a folder in the state folder); certificate_days, how long the certificates that it issues are good.
+    an s3:// URL (default a folder in the state folder); certificate_days, how long the certificates that it issues are good; sandbox,
+    whether workflows run in one: required, preferred or off; absence_s, after how many seconds away a site that is asked counts as failed;
+    max_running, how many jobs run at once (default: as many as the sites have room for).
     Of a site: policy, a file relative to the kit; resources, what jobs may take (default: all that the machine has);
     config, JSON values for training code; data, the files and folders that training code may read, relative to the kit;
     python, the interpreter that runs training code (default: the agent's); proxy, the http:// URL of a CONNECT proxy.
@@ -43,6 +46,9 @@ class Kit(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_default
     database: str | None = None
     blobs: str | None = None
     certificate_days: Annotated[float, msgspec.Meta(gt=0)] = 90
+    sandbox: SandboxMode = "required"
+    absence_s: Annotated[float, msgspec.Meta(gt=0)] = 60
+    max_running: Annotated[int, msgspec.Meta(gt=0)] | None = None
     state: str = "state"
     policy: str = "policy.yaml"
     resources: Resources | None = None

@@ -1,7 +1,8 @@
 """The process that runs one job's workflow: `python -m hanse.server.job_process DESCRIPTOR`, a socket on which the server says Start.
 
-It has the job's own code in it, so it is a process by itself: what goes wrong here ends here. It opens no connections, and dies with the
-server. What it prints goes to a file of the job's folder.
+It has the job's own code in it, so it is a process by itself, in a sandbox if the server's kit does not say otherwise: what goes wrong
+here ends here, and the server's keys and other jobs are not visible. It opens no connections, and dies with the server. What it prints goes
+to a file of the job's folder.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def run(link: MemoryLink, start: Start) -> Finished:
         recipe = read_job(path / JOB)
         recipe.check_sites(len(roster))
         model = recipe.first_model()[0]
-        updates, tasks = FolderBlobs(Path(start.updates)), FolderBlobs(Path(start.tasks))
+        updates, tasks = Path(start.updates), FolderBlobs(Path(start.tasks))
         sites = RemoteSites(link, roster, updates, tasks, filters=recipe.filters, seed=recipe.seed, gone=_end_at_once)
         folder = _open_folder(path, recipe, roster, sites)
     except (Exception, SystemExit) as error:  # the job's own code is imported here

@@ -58,7 +58,17 @@ async def serve_kit(kit: Kit, *, ready: Callable[[str], object] = lambda address
 def settings_of(kit: Kit) -> Settings:
     """How a server with this kit runs."""
     blobs = kit.blobs if kit.blobs is None or "://" in kit.blobs else str(kit.folder / kit.blobs)
-    return Settings(state=kit.state_folder, address=kit.server, database=kit.database, blobs=blobs, certificate_days=kit.certificate_days)
+    return Settings(
+        state=kit.state_folder,
+        address=kit.server,
+        database=kit.database,
+        blobs=blobs,
+        certificate_days=kit.certificate_days,
+        absence_s=kit.absence_s,
+        max_running=kit.max_running,
+        sandbox=kit.sandbox,
+        hidden=[kit.folder],
+    )
 
 
 def fresh(kit: Kit) -> Credentials:

@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 
 from hanse.aggregation.aggregator import Aggregator
 from hanse.cohort import fold_group
@@ -16,7 +17,7 @@ from hanse.messages.codec import Buffer, decode_update, encode_task
 from hanse.messages.update import Update
 from hanse.messages.wire import INLINE_BYTES, Blob, TaskRef
 from hanse.server.job_link import Arrived, Ask, FromJob, GiveUp, Noted, Start, Stop, decode_to_job, encode
-from hanse.transport.blobs import FolderBlobs
+from hanse.transport.blobs import FolderBlobs, blob_path, map_file
 from hanse.transport.courier import Ask as CourierAsk
 from hanse.transport.courier import Folded, Roster
 from hanse.transport.memory import Body, MemoryLink, Received
@@ -35,14 +36,15 @@ class RemoteSites:
         self,
         link: MemoryLink,
         roster: Roster,
-        updates: FolderBlobs,
+        updates: Path,
         tasks: FolderBlobs,
         *,
         filters: Filters,
         seed: int,
         gone: Callable[[], object],
     ) -> None:
-        """updates, tasks: where the large ones are; the tasks are this job's alone. gone: called when the server is gone."""
+        """updates: the folder of blobs with the large ones; it is only read. tasks: where this job's large ones go. gone: called when the
+        server is gone."""
         self.roster = roster
         self._link = link
         self._updates, self._tasks = updates, tasks
@@ -121,7 +123,7 @@ class RemoteSites:
         try:
             if inline is None:
                 assert arrived.blob is not None
-                inline = self._updates.map(arrived.blob)
+                inline = map_file(blob_path(self._updates, arrived.blob))
             update = decode_update(inline)
         except HanseError as error:
             return Update(arrived.site, task_id, failure=Failure.of(error))

@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import select
 import shutil
+import signal
 import sys
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
@@ -23,6 +23,7 @@ from hanse.messages.codec import Buffer, decode_update
 from hanse.messages.task import TaskId
 from hanse.messages.wire import Assignment, Blob, Delivery, FromServer, Payload, TaskRef, Withdraw
 from hanse.messages.wire import Received as ReceivedUpdate
+from hanse.sandbox import Sandbox, environment
 from hanse.server.blob_store import BlobStore
 from hanse.server.job_events import JobEvents
 from hanse.server.job_link import Arrived, Ask, Committed, Finished, GiveUp, Noted, Start, Stop, ToJob, decode_from_job, encode
@@ -33,6 +34,8 @@ from hanse.transport.memory import MemoryLink, Received
 TRIES = 4
 """A process that dies so many times without a commit in between is given up."""
 STOP_WITHIN_S = 20.0
+GONE_WITHIN_S = 2.0
+"""A process whose link has broken ends within this time, and says how, or is killed."""
 MAX_HEADER_BYTES = 16 << 20
 """Of an update's frame."""
 
@@ -74,7 +77,8 @@ class RunningJob:
     An update is handed on at once and kept meanwhile; only a kept one is acknowledged. So after a crash of the process, or of the server,
     the workflow gets those that were acknowledged from the store, and the sites bring the others again.
 
-    ended: awaited with how the job ended, once. absence_s: a site that is away for longer is not waited for.
+    ended: awaited with how the job ended, once. absence_s: a site that is away for longer is not waited for. sandbox: for the process; it
+    has the run folder to write, and the blobs to read.
     """
 
     def __init__(
@@ -89,11 +93,12 @@ class RunningJob:
         events: JobEvents,
         ended: Callable[[Finished], Awaitable[None]],
         absence_s: float,
+        sandbox: Sandbox | None = None,
     ) -> None:
         self.id, self.name, self.roster, self.folder = job.id, job.name, tuple(roster), folder
         self.commits, self.rounds = job.commits, job.rounds
         self._store, self._blobs, self._sites, self._events = store, blobs, sites, events
-        self._ended, self._absence_s = ended, absence_s
+        self._ended, self._absence_s, self._sandbox = ended, absence_s, sandbox
         self._open: dict[TaskRef, _Open] = {}
         self._closed: set[TaskRef] = set()
         self._kept: set[UpdateKey] = set()
@@ -203,15 +208,14 @@ class RunningJob:
             if (out := self._open.get(key.task)) is not None and key.site in out.waiting:
                 self._fail(key.task, out, key.site, problem)
             return problem
-        handed_on = self._hand_on(key, payload)
+        self._hand_on(key, payload)
         if payload.inline is not None and len(payload.inline) > ROW_BYTES:
             payload = Payload(blob=await asyncio.to_thread(self._blobs.folder.write, [payload.inline]))
         if payload.blob is not None:
             await self._blobs.keep(payload.blob)
         await self._store.add_update(self.id, key, payload)
         self._kept.add(key)
-        if not handed_on:
-            self._hand_on(key, payload)
+        self._hand_on(key, payload)  # the workflow may have come to ask for it meanwhile, or died and asked again
         return None
 
     async def _problem(self, key: UpdateKey, payload: Payload) -> Failure | None:
@@ -232,14 +236,14 @@ class RunningJob:
             return Failure.of(error)
         return None
 
-    def _hand_on(self, key: UpdateKey, payload: Payload) -> bool:
+    def _hand_on(self, key: UpdateKey, payload: Payload) -> None:
+        """To the workflow, if it waits for this update."""
         out = self._open.get(key.task)
         if out is None or key.site not in out.waiting:
-            return False
+            return
         out.waiting.discard(key.site)
         inline = [] if payload.inline is None else [payload.inline]
         self._send(Arrived(task=key.task, site=key.site, blob=payload.blob), inline)
-        return True
 
     # what the workflow does
 
@@ -319,7 +323,8 @@ class RunningJob:
         """How the job has ended, if it has, now that its process is gone."""
         if self._stopping:
             return Finished(status="stopped", reason=f"stopped after {self.rounds} rounds")
-        why = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        killed_by = -status if status < 0 else status - 128  # bubblewrap says it as a shell does
+        why = f"was killed by signal {killed_by}" if 0 < killed_by < signal.NSIG else f"ended with status {status}"
         logger.warning("job %s: its process %s, %d times since the last commit", self.id, why, deaths)
         if deaths < TRIES:
             self._events.add({"event": "message", "level": "warning", "text": f"the workflow's process {why}: it goes on in a new one"})
@@ -338,25 +343,25 @@ class RunningJob:
         self._events.begin()
         try:
             with (self.folder / LOG).open("ab") as log:
+                arguments = ["-P", "-m", "hanse.server.job_process", str(descriptor)]
+                folder = self.folder.resolve()
+                command = [sys.executable, *arguments] if self._sandbox is None else self._sandbox.command(arguments, work=folder)
                 process = await asyncio.create_subprocess_exec(
-                    sys.executable, "-m", "hanse.server.job_process", str(descriptor),
-                    stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(descriptor,),
-                    env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                    *command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(descriptor,),
+                    env={**environment(Path("/tmp")), "PYTHONUNBUFFERED": "1"},
                 )  # fmt: skip
             there.close()
             self._link, self.pid = here, process.pid
             self._writable.register(here.socket, select.POLLOUT)
             loop.add_reader(here.socket, self._hear)
             updates = str(self._blobs.folder.folder.resolve())
-            folder = self.folder.resolve()
             self._send(Start(folder=str(folder), updates=updates, tasks=str(folder / TASKS), sites=list(self.roster)))
             if self._stopping:
                 self._send(Stop())
             finished = await over
-            if finished is not None:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(STOP_WITHIN_S):
-                        await process.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(GONE_WITHIN_S if finished is None else STOP_WITHIN_S):
+                    await process.wait()
         finally:
             self._link, self.pid, self._writable = None, None, select.poll()
             self._outbox.clear()

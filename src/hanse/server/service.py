@@ -10,7 +10,7 @@ import fcntl
 import logging
 import shutil
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,6 +40,7 @@ from hanse.messages.wire import (
     Welcome,
     arguments_of,
 )
+from hanse.sandbox import Sandbox, SandboxMode
 from hanse.server.arguments import ForToken, Logs, Named, Nothing, OfJob, OfSite, Signing, Submission
 from hanse.server.blob_store import BlobStore
 from hanse.server.job_events import JobEvents
@@ -71,6 +72,8 @@ class Settings:
 
     address: host:port for join tokens. certificate_days: how long the certificates that it issues are good.
     absence_s: a site that is away for longer while a task waits for it counts as failed. max_running: jobs at once; None: no limit.
+    sandbox: whether workflows, with the jobs' own code, run in one: required, preferred (without where it cannot be had) or off. hidden:
+    folders with keys, which are not visible in it, as `state` is not.
     """
 
     state: Path
@@ -80,6 +83,8 @@ class Settings:
     certificate_days: float = 30.0
     absence_s: float = 60.0
     max_running: int | None = None
+    sandbox: SandboxMode = "required"
+    hidden: Sequence[Path] = ()
 
 
 @dataclass(eq=False)
@@ -134,6 +139,7 @@ class FederationServer:
         self._numbers: dict[str, int] = {}
         self._scheduling = asyncio.Lock()
         self._closing = False
+        self._sandbox: Sandbox | None = None
         self._lock: IO[str] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._calls: dict[str, tuple[tuple[Role, ...], Callable[[Peer, Request], Awaitable[Any]]]] = {
@@ -160,6 +166,7 @@ class FederationServer:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ConfigError(f"another server is running on {self.settings.state}: let it end, or stop it") from error
+        self._sandbox = await self._try_sandbox()
         await self.store.open()
         await self.registry.load()
         for job in await self.store.jobs():
@@ -174,6 +181,21 @@ class FederationServer:
         for active in self._active.values():
             if active.job.status == "running":
                 self._run(active)
+
+    async def _try_sandbox(self) -> Sandbox | None:
+        """The sandbox for workflows; None if there is to be none. Raises ConfigError if there must be one and none can be had."""
+        if self.settings.sandbox == "off":
+            return None
+        sandbox = Sandbox(hidden=[*self.settings.hidden, self.settings.state], readable=[self.blobs.folder.folder])
+        if (problem := await asyncio.to_thread(sandbox.problem)) is None:
+            return sandbox
+        if self.settings.sandbox == "required":
+            raise ConfigError(
+                f"workflows run in a sandbox, and there is none: {problem}.",
+                hint="Install bubblewrap, or say `sandbox: preferred` in kit.yaml: then a job's code can read this server's keys.",
+            )
+        logger.warning("workflows run without a sandbox, and can read this server's keys: %s", problem)
+        return None
 
     async def close(self) -> None:
         """Stop the jobs' processes, which go on when the server is started again, and let go of everything."""
@@ -543,6 +565,7 @@ class FederationServer:
             events=active.events,
             ended=ended,
             absence_s=self.settings.absence_s,
+            sandbox=self._sandbox,
         )
         for member in active.members.values():
             if member.state in ("left", "refused") and member.rank is not None:

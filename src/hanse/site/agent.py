@@ -40,12 +40,12 @@ from hanse.messages.wire import (
     Welcome,
     Withdraw,
 )
+from hanse.sandbox import Sandbox
 from hanse.site.held_job import COMPLETED, HeldJob, Site
 from hanse.site.kept import Kept
 from hanse.site.ledger import Ledger
 from hanse.site.policy import check_offer, read_policy
 from hanse.site.process import stay_small
-from hanse.site.sandbox import Sandbox
 from hanse.transport.client import Client, ControlStream
 
 AUDIT = "audit.jsonl"

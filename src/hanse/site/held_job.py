@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import msgspec
 from blake3 import blake3
 
-from hanse.errors import Failure, HanseError, LinkBroken, PolicyRefused, StorageFull, WireError
+from hanse.errors import Failure, HanseError, LinkBroken, PolicyRefused, Refused, StorageFull, WireError
 from hanse.identity.kit import Kit
 from hanse.jobs.archive import Manifest, unpack
 from hanse.jobs.bundle import MODEL
@@ -26,6 +26,7 @@ from hanse.messages.codec import decode_task, decode_update, encode_update
 from hanse.messages.task import TRAIN, Task, TaskId
 from hanse.messages.update import Update
 from hanse.messages.wire import Blob, Delivery, FromSite, Left, Offer, Output, Payload, TaskRef
+from hanse.sandbox import Sandbox
 from hanse.site import launcher
 from hanse.site.kept import Counted, Kept
 from hanse.site.launcher import Trainer
@@ -33,7 +34,6 @@ from hanse.site.ledger import Ledger
 from hanse.site.orders import Begin, Unfit
 from hanse.site.outgoing import Outgoing
 from hanse.site.policy import Meter, Policy, check_update
-from hanse.site.sandbox import Sandbox
 from hanse.site.training import Died, Done, Training
 from hanse.transport.blobs import FolderBlobs, open_file
 from hanse.transport.client import Client
@@ -84,6 +84,7 @@ class HeldJob:
         self._meter = Meter(site.policy.caps, self._counted.spent)
         self._pending: dict[TaskRef, Payload] = {}
         self._doing: tuple[TaskRef, asyncio.Task[None]] | None = None
+        self._again: Payload | None = None  # what it is at was assigned once more
         self._finished: dict[TaskRef, Outgoing] = {}
         self._sending: dict[TaskRef, asyncio.Task[None]] = {}
         self._to_keep: dict[TaskRef, bytes | None] = {}
@@ -112,7 +113,10 @@ class HeldJob:
 
     def assign(self, ref: TaskRef, payload: Payload) -> None:
         """Do the task; once, however often it is assigned. A finished one's update is sent again."""
-        if (self._doing is not None and self._doing[0] == ref) or ref in self._pending or ref in self._sending:
+        if self._doing is not None and self._doing[0] == ref:
+            self._again = payload
+            return
+        if ref in self._pending or ref in self._sending:
             return
         if ref not in self._finished and (frame := self._kept.update(ref)) is not None:
             self._finished[ref] = Outgoing([frame])
@@ -158,6 +162,7 @@ class HeldJob:
     def _next(self) -> None:
         if self._doing is None and self._pending:
             ref = next(iter(self._pending))
+            self._again = None
             self._doing = ref, self._group.create_task(self._do(ref, self._pending.pop(ref)))
 
     async def _do(self, ref: TaskRef, payload: Payload) -> None:
@@ -165,6 +170,10 @@ class HeldJob:
             self._finished[ref] = outgoing = await self._patiently(lambda: self._outgoing(ref, payload))
             self._deliver(ref)
             self._keep(ref, outgoing)
+        except _NotGiven as error:
+            logger.info("job %s, task %s: %s", self.id, _text(ref), error)
+            if self._again is not None:
+                self._pending[ref] = self._again
         finally:
             self._doing = None
             if payload.blob is not None:
@@ -191,7 +200,7 @@ class HeldJob:
             else:
                 update, outgoing = await self._update(ref, payload)
                 names = _names(update)
-        except StorageFull:
+        except (StorageFull, _NotGiven):
             raise
         except PolicyRefused as error:
             logger.warning("job %s, task %s: %s", self.id, _text(ref), error)
@@ -295,6 +304,8 @@ class HeldJob:
             except LinkBroken as error:
                 logger.warning("job %s: %s It is tried again.", self.id, error)
                 await asyncio.sleep(_FIRST_WAIT_S)
+            except Refused as error:
+                raise _NotGiven(error.message, hint=error.hint) from error
 
     async def _train(self, ref: TaskRef, frame: bytes | int) -> Done | Failure:
         """The training process's answer, or why there is none. Raises PolicyRefused where it takes too much."""
@@ -447,6 +458,10 @@ class HeldJob:
 
     def _note(self, kind: str, ref: TaskRef, **facts: Any) -> None:
         self._site.ledger.append(kind, job=self.id, commit=ref.commit, index=ref.index, **facts)
+
+
+class _NotGiven(Refused):
+    """The server does not give out a task now: nobody waits for it, or a server that was started again will assign it once more."""
 
 
 _UNFIT = Failure("SiteFailed", "the job's code cannot be run at this site, and its policy keeps the words of errors there [logs]")

@@ -7,19 +7,17 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from hanse.app import MAX_STATE_BYTES
 from hanse.errors import LinkBroken
+from hanse.sandbox import Sandbox, environment
 from hanse.site import orders
 from hanse.site.orders import Begin
 from hanse.site.process import thread_settings
-from hanse.site.sandbox import Sandbox
 from hanse.transport.memory import MemoryLink
 
-_PASSED_ON = ("PATH", "LANG", "LC_ALL", "TZ", "PYTHONPATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
 _SAID_BYTES = 2_000
 
 MAX_MESSAGE_BYTES = 4 * MAX_STATE_BYTES
@@ -83,7 +81,7 @@ def start(begin: Begin, work: Path, *, sandbox: Sandbox | None, python: str = sy
     with output.open("wb") as log:
         process = subprocess.Popen(
             command,
-            env=environment(scratch, begin.threads),
+            env={**environment(scratch), **thread_settings(begin.threads)},
             cwd=work,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -95,10 +93,3 @@ def start(begin: Begin, work: Path, *, sandbox: Sandbox | None, python: str = sy
     with contextlib.suppress(LinkBroken):  # it has died at once, which whoever reads the link finds out
         here.send(orders.encode(begin))
     return Trainer(process, here, output)
-
-
-def environment(scratch: Path, threads: int) -> Mapping[str, str]:
-    """The environment variables of a trainer, all of them."""
-    passed = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-    place = {"HOME": str(scratch), "TMPDIR": str(scratch), "USER": "trainer", "LOGNAME": "trainer", "PYTHONDONTWRITEBYTECODE": "1"}
-    return {"LANG": "C.UTF-8", **passed, **place, **thread_settings(threads)}

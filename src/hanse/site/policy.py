@@ -25,6 +25,7 @@ from hanse.jobs.parts import part_of
 from hanse.messages.flmodel import FLModel
 from hanse.messages.params import flatten, unflatten
 from hanse.messages.update import Record, Update
+from hanse.sandbox import SandboxMode
 
 Patterns = tuple[Annotated[str, msgspec.Meta(min_length=1)], ...]
 """Names with `*`, `?` and `[…]`; case counts. A list that is empty matches nothing."""
@@ -86,7 +87,7 @@ caps:
 
 # Training code without network, keys and other people's files: required (a job is refused where that cannot be had), preferred (it runs
 # without, and the agent warns), or off.
-sandbox: preferred
+sandbox: required
 """
 
 
@@ -139,7 +140,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     logs: bool = False
     filters: tuple[dict[str, Any], ...] = ()
     caps: Caps = Caps()
-    sandbox: Literal["required", "preferred", "off"] = "preferred"
+    sandbox: SandboxMode = "required"
 
     def __post_init__(self) -> None:
         self.site_filters()

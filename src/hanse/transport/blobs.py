@@ -60,7 +60,7 @@ class FolderBlobs:
 
     def path(self, blob: Blob) -> Path:
         """Where the blob lies, or would lie."""
-        return self.folder / blob.hex[:2] / blob.hex
+        return blob_path(self.folder, blob)
 
     def has(self, blob: Blob) -> bool:
         try:
@@ -286,6 +286,11 @@ class Incoming:
         if self._descriptor is not None:
             self._path.unlink(missing_ok=True)
             self.close()
+
+
+def blob_path(folder: Path, blob: Blob) -> Path:
+    """Where a blob lies in a folder of blobs, for processes that only read there."""
+    return folder / blob.hex[:2] / blob.hex
 
 
 def open_file(path: Path) -> int:
