@@ -158,7 +158,9 @@ class SmallSite:
             frame = self.blobs.map(payload.blob)
         earlier = [task for task in self.states if task < ref]
         state = self.states[ref] = dict(self.states[max(earlier)]) if earlier else {}
-        info = SiteInfo(self.name, offer.rank, offer.sites, self.recipe.name, self.recipe.seed, {**self.recipe.config, **offer.config})
+        manifest, _ = open_manifest(offer.manifest, offer.signature, self.client._credentials.roots)
+        config = {**self.recipe.config, **manifest.site_config.get(self.name, {})}
+        info = SiteInfo(self.name, offer.rank, offer.sites, self.recipe.name, self.recipe.seed, config)
         update = self.runner.run(info, decode_task(frame), TaskId(self.recipe.name, ref.commit, ref.index, self.name), state)
         parts = encode_update(update)
         if sum(memoryview(part).nbytes for part in parts) <= INLINE_BYTES:

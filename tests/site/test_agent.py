@@ -23,7 +23,7 @@ from hanse.messages.codec import decode_update, encode_update
 from hanse.messages.flmodel import FLModel
 from hanse.messages.task import Task, TaskId
 from hanse.messages.update import Update
-from hanse.messages.wire import Delivery, Hello, Left, OfferReply, Output, Received, TaskRef, Withdraw
+from hanse.messages.wire import Delivery, End, Hello, Left, OfferReply, Output, Received, TaskRef, Withdraw
 from hanse.site.ledger import verify
 from hanse.site.runner import SiteRunner
 
@@ -363,6 +363,19 @@ async def test_a_job_with_another_authoritys_signature_is_refused(one_site: OneS
     reply = await one_site.server.expect(OfferReply)
     assert reply.refusal is not None
     assert reply.refusal.code == "IdentityError"
+
+
+async def test_a_signed_job_runs_once(one_site: OneSite, job_folder: Callable[..., Path]) -> None:
+    await one_site.start()
+    await one_site.server.expect(Hello)
+    offer = one_site.offer(job_folder(STATEFUL))
+    one_site.server.send(offer)
+    assert (await one_site.server.expect(OfferReply)).refusal is None
+    one_site.server.send(End(job=offer.job, status="completed"))
+    one_site.server.send(msgspec.structs.replace(offer, job="again"))
+    reply = await one_site.server.expect(OfferReply)
+    assert reply.refusal is not None
+    assert reply.refusal.message == f"job 'again' has the manifest of job {offer.job!r}: a signed job runs once."
 
 
 async def test_a_job_id_cannot_lead_out_of_the_state_folder(one_site: OneSite, job_folder: Callable[..., Path]) -> None:

@@ -125,7 +125,7 @@ class Welcome(_Message):
 class Offer(_Message):
     """A job for the site: its signed manifest, and the archive of its files as a blob. Sent again on each connection while the job runs.
 
-    sites: how many the job has; rank: this site's place among them in the order of names. config: JSON values for this site.
+    sites: how many the job has; rank: this site's place among them in the order of names.
     """
 
     job: Name
@@ -134,7 +134,6 @@ class Offer(_Message):
     archive: Blob
     rank: Count
     sites: Count
-    config: dict[str, Any] = {}
 
 
 class Assignment(_Message):

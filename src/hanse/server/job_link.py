@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Literal
 
 import msgspec
 
-from hanse.errors import Failure
+from hanse.errors import Failure, StorageFull
 from hanse.messages.wire import Blob, TaskRef
+
+NO_ROOM = 75
+"""The status that the process ends with when the disk is full. It is started again when there may be room."""
 
 
 class _Message(msgspec.Struct, kw_only=True, tag=True, omit_defaults=True):
@@ -69,6 +73,13 @@ class Finished(_Message):
 
     status: Literal["completed", "failed", "stopped"]
     reason: str = ""
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether it says that a disk is full."""
+    if isinstance(error, BaseExceptionGroup):
+        return any(map(is_full, error.exceptions))
+    return isinstance(error, StorageFull) or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT))
 
 
 ToJob = Start | Arrived | Stop

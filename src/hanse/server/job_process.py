@@ -8,6 +8,7 @@ to a file of the job's folder.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import json
 import os
@@ -24,7 +25,7 @@ from hanse.errors import HanseError, JobFailed, LinkBroken
 from hanse.jobs.loading import read_job
 from hanse.jobs.recipe import Recipe
 from hanse.messages.flmodel import FLModel
-from hanse.server.job_link import Committed, Finished, Noted, Start, decode_to_job, encode
+from hanse.server.job_link import NO_ROOM, Committed, Finished, Noted, Start, decode_to_job, encode, is_full
 from hanse.server.remote_sites import RemoteSites
 from hanse.server.run_folder import RUN, RunFolder, first_facts
 from hanse.server.runner import run_to_end
@@ -44,7 +45,11 @@ def main() -> None:
     link = MemoryLink(socket.socket(fileno=int(sys.argv[1])))
     start = decode_to_job(link.receive().message)
     assert isinstance(start, Start)
-    finished = run(link, start)
+    try:
+        finished = run(link, start)
+    except Exception as error:
+        _end_if_full(error)
+        raise
     try:
         link.send(encode(finished))
     except LinkBroken:
@@ -78,7 +83,11 @@ def run(link: MemoryLink, start: Start) -> Finished:
             assert task is not None
             with sites.listening(stop=task.cancel):
                 cohort = Cohort(sites, folder, job_id=recipe.name, seed=recipe.seed, filters=recipe.filters)
-                return await recipe.workflow()(cohort, first.pop())
+                try:
+                    return await recipe.workflow()(cohort, first.pop())
+                except Exception as error:
+                    _end_if_full(error)
+                    raise
 
         folder.event("start", job=recipe.name, sites=len(roster), rounds=recipe.total_rounds(), seed=recipe.seed, resumed=folder.commits)
         try:
@@ -120,6 +129,14 @@ def _settle_in() -> None:
         libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if hasattr(libc, "mallopt"):
             libc.mallopt(-3, _MMAP_FROM_BYTES)  # M_MMAP_THRESHOLD
+
+
+def _end_if_full(error: Exception) -> None:
+    """A full disk is no failure of the job: what was committed lasts, and the server will start it again."""
+    if is_full(error):
+        with contextlib.suppress(OSError):
+            print(f"there is no room: {error}", file=sys.stderr, flush=True)
+        os._exit(NO_ROOM)
 
 
 def _end_at_once() -> NoReturn:

@@ -14,11 +14,11 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from hanse.errors import Failure, HanseError, LinkBroken, WireError
+from hanse.errors import Failure, HanseError, LinkBroken, StorageFull, WireError
 from hanse.messages.codec import Buffer, decode_update
 from hanse.messages.task import TaskId
 from hanse.messages.wire import Assignment, Blob, Delivery, FromServer, Payload, TaskRef, Withdraw
@@ -26,7 +26,21 @@ from hanse.messages.wire import Received as ReceivedUpdate
 from hanse.sandbox import Sandbox, environment
 from hanse.server.blob_store import BlobStore
 from hanse.server.job_events import JobEvents
-from hanse.server.job_link import Arrived, Ask, Committed, Finished, GiveUp, Noted, Start, Stop, ToJob, decode_from_job, encode
+from hanse.server.job_link import (
+    NO_ROOM,
+    Arrived,
+    Ask,
+    Committed,
+    Finished,
+    GiveUp,
+    Noted,
+    Start,
+    Stop,
+    ToJob,
+    decode_from_job,
+    encode,
+    is_full,
+)
 from hanse.server.run_folder import RUN, RunFolder
 from hanse.server.store import Job, Store, UpdateKey
 from hanse.transport.memory import MemoryLink, Received
@@ -47,10 +61,12 @@ LOG = "server.log"
 TASKS = "tasks"
 """Large tasks that are out, as blobs, in the run folder."""
 
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 10.0  # for room on a full disk
 _EARLY = 16  # updates a site may bring before the workflow, started again, has asked for them
 _LAST_LINES = 20
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Sites(Protocol):
@@ -109,7 +125,7 @@ class RunningJob:
         self._writable = select.poll()
         self._outbox: deque[tuple[ToJob, Sequence[Buffer]]] = deque()
         self._over: asyncio.Future[Finished | None] | None = None
-        self._stopping = False
+        self._stopping = self._full = False
         self._background: set[asyncio.Task[None]] = set()
         self._keeper: asyncio.Task[None] | None = None
         self.pid: int | None = None
@@ -305,7 +321,7 @@ class RunningJob:
         try:
             self._kept = await self._store.update_keys(self.id)
             while finished is None:
-                finished, status = await self._run_once()
+                finished, status = await self._patiently(self._run_once)
                 if finished is None:
                     deaths = 1 if self.commits > commits else deaths + 1
                     commits = self.commits
@@ -313,11 +329,25 @@ class RunningJob:
         except (HanseError, OSError) as error:
             logger.exception("job %s cannot go on", self.id)
             finished = Finished(status="failed", reason=f"the server cannot run it: {error}")
-        await asyncio.to_thread(_complete, self.folder, finished)
+        await self._patiently(lambda: asyncio.to_thread(_complete, self.folder, finished))
         shutil.rmtree(self.task_folder, ignore_errors=True)
         for task in list(self._open):
             self._close(task)
-        await self._ended(finished)
+        await self._patiently(lambda: self._ended(finished))
+
+    async def _patiently(self, step: Callable[[], Awaitable[T]]) -> T:
+        """What `step` gives, done again while the disk is full: a job is not lost by that."""
+        wait_s = _FIRST_WAIT_S
+        while True:
+            try:
+                return await step()
+            except (HanseError, OSError) as error:
+                if not is_full(error):
+                    raise
+                logger.error("job %s waits: %s", self.id, error)
+                self._events.add({"event": "message", "level": "warning", "text": "the server's disk is full: the job waits for room"})
+            await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
 
     def _after_death(self, status: int, deaths: int) -> Finished | None:
         """How the job has ended, if it has, now that its process is gone."""
@@ -334,12 +364,13 @@ class RunningJob:
         return Finished(status="failed", reason=reason.rstrip())
 
     async def _run_once(self) -> tuple[Finished | None, int]:
-        """Run the process until it says Finished or is gone: what it said, and its exit status."""
+        """Run the process until it says Finished or is gone: what it said, and its exit status. Raises StorageFull if that ended it."""
         loop = asyncio.get_running_loop()
         here, there = MemoryLink.pair()
         descriptor = there.socket.fileno()
         self._over = over = loop.create_future()
         process = None
+        self._full = False
         self._events.begin()
         try:
             with (self.folder / LOG).open("ab") as log:
@@ -374,6 +405,8 @@ class RunningJob:
             there.close()
             here.close()
         assert process.returncode is not None
+        if finished is None and not self._stopping and (self._full or process.returncode == NO_ROOM):
+            raise StorageFull("the workflow's process found no room.", hint="Make room on the server's disk.")
         return finished, process.returncode
 
     def _send(self, message: ToJob, body: Sequence[Buffer] = ()) -> None:

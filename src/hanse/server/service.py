@@ -402,7 +402,6 @@ class FederationServer:
             archive=active.job.archive,
             rank=place[0],
             sites=place[1],
-            config=active.manifest.site_config.get(site, {}),
         )
         return self.send(site, offer)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.metadata
+import json
 import logging
 import os
 import random
@@ -49,6 +50,9 @@ from hanse.site.process import stay_small
 from hanse.transport.client import Client, ControlStream
 
 AUDIT = "audit.jsonl"
+MANIFESTS = "manifests.json"
+"""Which job each signed manifest was: a bundle runs once, whoever offers it again."""
+
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.2, 10.0
 RENEW_AT = 2 / 3
 """A certificate is renewed when so much of its lifetime is over."""
@@ -223,8 +227,10 @@ class Agent:
                 held.offered_again(offer)
                 return held.left
             manifest, submitter = open_manifest(offer.manifest, offer.signature, self._credentials.roots)
-            facts = {"job": offer.job, "name": manifest.name, "submitter": str(submitter), "manifest": blake3(offer.manifest).hexdigest()}
+            digest = blake3(offer.manifest).hexdigest()
+            facts = {"job": offer.job, "name": manifest.name, "submitter": str(submitter), "manifest": digest}
             try:
+                self._remember(digest, offer.job)
                 self._allow(offer)
                 kept = Kept(self._state / "jobs", offer.job)
                 kept.save_offer(offer)
@@ -238,6 +244,16 @@ class Agent:
             return Failure.of(error)
         logger.info("job %s, %s of %s, is accepted", offer.job, manifest.name, submitter)
         return None
+
+    def _remember(self, manifest: str, job: str) -> None:
+        """Raises Refused if the manifest was another job here."""
+        path = self._state / MANIFESTS
+        known = json.loads(path.read_text()) if path.exists() else {}
+        if known.setdefault(manifest, job) != job:
+            raise Refused(f"job {job!r} has the manifest of job {known[manifest]!r}: a signed job runs once.", hint="Submit it anew.")
+        unfinished = path.with_suffix(".new")
+        unfinished.write_text(json.dumps(known))
+        unfinished.replace(path)
 
     def _allow(self, offer: Offer, now: datetime | None = None) -> None:
         """Raises PolicyRefused, IdentityError and what else stands against a job."""

@@ -417,7 +417,7 @@ class HeldJob:
             site=kit.name,
             rank=self.offer.rank,
             sites=self.offer.sites,
-            config={**self.offer.config, **signed, **kit.config},
+            config={**signed, **kit.config},
             threads=max(1, int(resources.cores)),
             cpu_s=self._cpu_left_s(),
             memory_bytes=caps.memory_bytes,

@@ -236,7 +236,8 @@ _HINTS = {
     "Hostname Verification Check failed|Peer name .* is not in peer certificate": "The server's certificate is for another name: connect"
     " to it by the name in the kit, or add this one to `addresses` and make the server's kit anew.",
     "Connection refused": "No server listens there: is it running, and is the port right?",
-    "DNS|[Nn]ame.*resol|Domain name": "The name is unknown here: check it in kit.yaml.",
+    "[Tt]imed out": "Nothing answers there: does a firewall on the way let this port through, and is the machine on?",
+    "lookup|DNS|[Nn]ame.*resol|Domain name": "The name is unknown here: check it in kit.yaml.",
     "HTTP proxy|Proxy|CONNECT": "The proxy did not let it through: check `proxy` in kit.yaml.",
     "SSL|handshake|[Ss]ocket closed|reset by peer|EOF": "The server may not accept this certificate: its log says why.",
 }
