@@ -88,6 +88,9 @@ def test_a_kit_gives_its_credentials(tmp_path: Path) -> None:
     mine = Credentials(key, root.issue(ada, public_key(key), days=1), root.roots)
     signer = Signer(signing, root.issue(ada, public_key(signing), days=1))
     kit = read_kit(write(tmp_path))
+    with pytest.raises(ConfigError, match="the role site, which submits no jobs"):
+        kit.signer()
+    kit.role = Role.RESEARCHER
     for ask in (kit.credentials, kit.signer, kit.authority):
         with pytest.raises(IdentityError, match="cannot be read"):
             ask()

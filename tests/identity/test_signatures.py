@@ -61,7 +61,7 @@ def test_noise_is_no_signature(noise: bytes) -> None:
         verify(DATA, noise, ROOT.roots)
 
 
-@pytest.mark.parametrize("cut", [0, 1, 66, 200, len(SIGNATURE) - 1])
+@pytest.mark.parametrize("cut", [0, 1, 66, 200, -1])
 def test_a_signature_cut_off_or_prolonged_is_refused(cut: int) -> None:
     for other in (SIGNATURE[:cut], SIGNATURE + SIGNATURE[:cut] + b"\0"):
         with pytest.raises(IdentityError):

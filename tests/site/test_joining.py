@@ -7,8 +7,8 @@ import pytest
 
 from hanse.errors import ConfigError, IdentityError
 from hanse.identity.authority import Authority
-from hanse.identity.certificates import Role
-from hanse.identity.kit import read_kit
+from hanse.identity.certificates import Credentials, Role
+from hanse.identity.kit import read_kit, write_kit
 from hanse.identity.tokens import new_token
 from hanse.messages.wire import Hello
 from hanse.site.joining import join
@@ -43,10 +43,22 @@ async def test_a_site_joins_with_a_key_of_its_own_and_connects(one_site: OneSite
 
 async def test_a_kit_that_is_there_is_not_overwritten(one_site: OneSite) -> None:
     before = {path: path.read_bytes() for path in one_site.kit.folder.rglob("*") if path.is_file()}
-    with pytest.raises(ConfigError, match="holds a kit already"):
+    with pytest.raises(ConfigError, match="has joined already"):
         await join(token(one_site), one_site.kit.folder)
     assert {path: path.read_bytes() for path in one_site.kit.folder.rglob("*") if path.is_file()} == before
     assert one_site.server.calls == []
+
+
+async def test_a_site_that_joins_again_keeps_its_settings(one_site: OneSite) -> None:
+    kit = one_site.kit
+    kit.data, kit.config = ["pictures"], {"epochs": 3}
+    write_kit(kit.folder, kit)
+    kit.policy_file.write_text("logs: true\n")
+    (kit.folder / "credentials").rename(kit.folder / "old")
+    again = await join(token(one_site), kit.folder)
+    assert (again.data, again.config, read_kit(kit.folder).data) == (["pictures"], {"epochs": 3}, ["pictures"])
+    assert kit.policy_file.read_text() == "logs: true\n"
+    assert again.credentials().serial != Credentials.load(kit.folder / "old").serial
 
 
 async def test_a_certificate_of_another_site_is_not_taken(one_site: OneSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

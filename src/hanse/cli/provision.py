@@ -29,7 +29,9 @@ def provision(
     made = write_kits(described, folder or Path(described.federation))
     for path in made:
         typer.echo(path)
-    if not made:
+    if made:
+        typer.echo("Hand each folder to its owner over a way that you trust, and keep `authority` offline.", err=True)
+    else:
         typer.echo("everybody has a folder already", err=True)
 
 

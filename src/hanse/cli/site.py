@@ -23,7 +23,9 @@ def join(
 ) -> None:
     """Make this site's key, and have the server certify it with a join token. The key stays here."""
     import asyncio
+    import os
 
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     from hanse.identity.tokens import read_token
     from hanse.site.joining import join as enrol
 

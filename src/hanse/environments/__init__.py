@@ -5,6 +5,7 @@ The names are loaded when they are first used: a simulation loads nothing of the
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from hanse.environments.production import ProdEnv as ProdEnv
     from hanse.environments.simulation import SimEnv as SimEnv
     from hanse.environments.simulation import resume as resume
+
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # what its core notes of each connection is for a server's log, not for a person's screen
 
 _HOME_OF = {"PocEnv": "poc", "ProdEnv": "production", "SimEnv": "simulation", "resume": "simulation"}
 

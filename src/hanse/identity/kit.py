@@ -71,7 +71,9 @@ class Kit(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_default
         return Credentials.load(self.folder / CREDENTIALS)
 
     def signer(self) -> Signer:
-        """What an admin or researcher signs jobs with. Raises IdentityError."""
+        """What an admin or researcher signs jobs with. Raises IdentityError, ConfigError for one whose role submits none."""
+        if self.role in (Role.SERVER, Role.SITE, Role.AUDITOR):
+            raise ConfigError(f"{self.folder} is the kit of {self.name}, in the role {self.role}, which submits no jobs.")
         return Signer.load(self.folder / CREDENTIALS)
 
     def authority(self) -> Authority:

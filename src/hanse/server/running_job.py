@@ -475,6 +475,7 @@ class RunningJob:
         def done(task: asyncio.Task[None]) -> None:
             self._background.discard(task)
             if self._log_failure(task) and over is not None:
+                self._full = self._full or is_full(task.exception() or Exception())
                 _give(over, None)
 
         task = asyncio.create_task(work)

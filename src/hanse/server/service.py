@@ -465,7 +465,9 @@ class FederationServer:
         """Whom to offer a job. Raises Refused if they cannot be enough."""
         able = self.registry.able
         if unknown := set(manifest.sites) - able:
-            raise Refused(f"job {manifest.name!r} names sites that are not in this federation, or disabled: {', '.join(sorted(unknown))}")
+            raise Refused(
+                f"job {manifest.name!r} names sites that are not in this federation, or disabled or revoked: {', '.join(sorted(unknown))}"
+            )
         found = sorted(manifest.sites or able)
         if len(found) < manifest.min_sites:
             raise Refused(f"job {manifest.name!r} needs {manifest.min_sites} sites, and this federation has {len(found)} that take jobs.")
@@ -575,7 +577,7 @@ class FederationServer:
         job_id, rounds = active.job.id, active.job.rounds if active.running is None else active.running.rounds
         logger.info("job %s: %s %s", job_id, finished.status, finished.reason)
         await self._change_job(active, status=finished.status, reason=finished.reason, rounds=rounds, ended=time.time())
-        del self._active[job_id]
+        self._active.pop(job_id, None)  # this is done again if the disk was full
         for blob in await self.store.drop_updates(job_id):
             await self.blobs.remove(blob)
         for site in active.members:

@@ -23,9 +23,9 @@ from pathlib import Path
 import msgspec
 from blake3 import blake3
 
-from hanse.errors import Failure, HanseError, IdentityError, LinkBroken, PolicyRefused, Refused, StorageFull
+from hanse.errors import ConfigError, Failure, HanseError, IdentityError, LinkBroken, PolicyRefused, Refused, StorageFull
 from hanse.identity.authority import request
-from hanse.identity.certificates import Credentials
+from hanse.identity.certificates import Credentials, Role
 from hanse.identity.kit import CREDENTIALS, Kit
 from hanse.jobs.archive import open_manifest
 from hanse.messages.wire import (
@@ -69,6 +69,8 @@ async def run_agent(kit: Kit, *, ready: Ready = lambda: None) -> None:
 
     Raises ConfigError or IdentityError, before it connects, for a kit or policy that cannot be used.
     """
+    if kit.role is not Role.SITE:
+        raise ConfigError(f"{kit.folder} is the kit of a {kit.role}: `hanse site start` needs a site's, which `hanse site join` makes.")
     stay_small()
     agent = Agent(kit, ready=ready)
     running = asyncio.current_task()
@@ -140,7 +142,7 @@ class Agent:
         delay_s, own = 0.0, asyncio.current_task()
         assert own is not None
         while True:
-            self._conversation = asyncio.create_task(self._converse())
+            self._conversation, refused = asyncio.create_task(self._converse()), False
             try:
                 await self._conversation
             except asyncio.CancelledError:
@@ -150,9 +152,10 @@ class Agent:
                 logger.warning("site %s: %s", self.kit.name, error)
             except HanseError as error:
                 logger.error("site %s: the server does not take this site: %s", self.kit.name, error)
+                refused = True
             if self._connected.is_set():
                 self._connected.clear()
-                delay_s = 0.0
+                delay_s = delay_s if refused else 0.0
             await asyncio.sleep(delay_s * random.uniform(0.5, 1.5))
             delay_s = min(max(2 * delay_s, FIRST_DELAY_S), LONGEST_DELAY_S)
 
