@@ -77,7 +77,7 @@ def test_an_admin_gets_a_kit_to_connect_and_sign_with(made: Path) -> None:
 def test_an_auditor_cannot_sign(made: Path) -> None:
     kit = read_kit(made / "admins" / "dan")
     assert kit.credentials().identity == Identity("study", Role.AUDITOR, "dan", "Ethics Board")
-    with pytest.raises(IdentityError, match="signing_key"):
+    with pytest.raises(ConfigError, match="submits no jobs"):
         kit.signer()
 
 

@@ -34,7 +34,7 @@ class ProdEnv:
     console: "auto", "plain", "rich", "json" or "quiet".
     """
 
-    startup_kit: str | Path
+    startup_kit: str | Path = field(kw_only=False)
     sites: Sequence[str] = ()
     site_config: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     min_sites: int | None = None

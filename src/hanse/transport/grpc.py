@@ -24,7 +24,18 @@ from hanse.errors import ConfigError, Failure, HanseError, IdentityError, Refuse
 from hanse.identity.certificates import Credentials, Identity, identity_of
 from hanse.messages.wire import Blob, FromServer, FromSite, Hello, Reply, Request, decode_message
 from hanse.transport.blobs import CHUNK_BYTES, Incoming, open_file
-from hanse.transport.calls import FAILURE, LIMITS, SERVER_OPTIONS, SERVICE, Limits, Position, decode_position, encode_failure, encode_within
+from hanse.transport.calls import (
+    FAILURE,
+    LIMITS,
+    MAX_MESSAGE_BYTES,
+    SERVER_OPTIONS,
+    SERVICE,
+    Limits,
+    Position,
+    decode_position,
+    encode_failure,
+    encode_within,
+)
 from hanse.transport.client import Client, ControlStream
 from hanse.transport.receiving import Receiver
 
@@ -160,7 +171,7 @@ class Server:
                 who = peer
                 self._running[task] = peer, expires
                 self._service.admit(peer)
-                return await handle(peer, request, stream)
+                return await handle(peer, _short(request) if isinstance(request, bytes) else request, stream)
             except asyncio.CancelledError:
                 if task not in self._dropped:
                     raise
@@ -258,7 +269,7 @@ class _Stream:
     async def read_or_end(self) -> bytes | None:
         """The next message, None at the end."""
         data = await self._context.read()
-        return None if data is grpc.aio.EOF else data
+        return None if data is grpc.aio.EOF else _short(data)
 
     async def read(self, within_s: float) -> bytes:
         """The next message. Raises Refused if it does not come in time, WireError if the stream ends before."""
@@ -290,6 +301,13 @@ class _Stream:
                 raise asyncio.CancelledError from error
         await self._context.abort(_STATUS.get(type(error), grpc.StatusCode.ABORTED), trailing_metadata=((FAILURE, encode_failure(error)),))
         raise AssertionError("abort raises")
+
+
+def _short(data: bytes) -> bytes:
+    """What came. Raises WireError if it is longer than a message may be."""
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise WireError(f"a message of {len(data):,} bytes came and one may have {MAX_MESSAGE_BYTES:,}", offset=MAX_MESSAGE_BYTES)
+    return data
 
 
 @lru_cache(maxsize=10_000)
