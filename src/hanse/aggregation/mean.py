@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 BLOCK = 1 << 18  # elements added at a time: 1 MiB of float32, so that the running sum stays in the cache
 PIECE = 1 << 22  # elements a thread takes at a time
+_UNUSED = 3  # references to kept memory that no array is in: from the list, the loop, and the call that counts
 LEAST, GREATEST = 1e-30, 1e30  # of a weight, so that neither it nor the sum of many leaves float32
 
 
@@ -396,13 +398,25 @@ def sum_dtype(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
     return np.dtype(np.float64) if dtype.kind in "iub" else None
 
 
+_large: list[mmap.mmap] = []  # memory of large sums, kept to be used again: the first touch of a page takes longer than all adding to it
+
+
 def _untouched(elements: int, dtype: np.dtype[Any]) -> Array:
     """Memory for a sum, its numbers arbitrary. Large ones in small pages: on a virtual machine the first touch of the huge pages that
     NumPy asks for takes up to five times as long."""
     size = elements * dtype.itemsize
     if size < 4 << 20:
         return np.empty(elements, dtype)
-    return np.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype)
+    for memory in _large:
+        if len(memory) == size and sys.getrefcount(memory) == _UNUSED:  # every array in it holds a reference
+            return np.frombuffer(memory, dtype)
+    _large.append(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    return np.frombuffer(_large[-1], dtype)
+
+
+def free_memory() -> None:
+    """Give back the memory that is kept for large sums; what is in use goes with its last array."""
+    _large.clear()
 
 
 def _pieces(array: Array, elements: int) -> list[slice]:

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+from hanse.aggregation.mean import free_memory
 from hanse.errors import HanseError, JobFailed, JobStopped
 from hanse.server.run_folder import RunFolder
 
@@ -35,6 +36,8 @@ def run_to_end(job: Callable[[], Awaitable[object]], folder: RunFolder, *, signa
         reason = f"{type(error).__name__}: {error} ({Path(at.filename).name}, line {at.lineno})"
         folder.finish("failed", reason)
         raise JobFailed(f"job {name!r} failed: {reason}", folder=str(folder.path)) from error
+    finally:
+        free_memory()
     folder.finish("completed")
 
 
@@ -61,6 +64,7 @@ def _on_a_loop(job: Callable[[], Awaitable[object]], signals: bool) -> None:
 
     loop = asyncio.new_event_loop()
     errors: list[BaseException] = []
+    ended = threading.Event()  # an interrupted `join` would take the thread for ended
 
     def run() -> None:
         try:
@@ -68,14 +72,16 @@ def _on_a_loop(job: Callable[[], Awaitable[object]], signals: bool) -> None:
                 runner.run(main())
         except BaseException as error:
             errors.append(error)
+        finally:
+            ended.set()
 
     thread = threading.Thread(target=run, name="hanse-job")
     try:
         thread.start()
-        thread.join()
+        ended.wait()
     except KeyboardInterrupt:
         loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(loop)])
-        thread.join()
+        ended.wait()
         raise
     if errors:
         raise errors[0]

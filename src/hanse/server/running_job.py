@@ -78,11 +78,15 @@ class Sites(Protocol):
 
 @dataclass(eq=False)
 class _Open:
-    """A task that is out, for `sites`. waiting: whose update is still to come. failed: who was given up. timers: of those that are away."""
+    """A task that is out, for `sites`. waiting: whose update is still to come. failed: who was given up. timers: of those that are away.
+
+    asked: by the process that runs now; it is told nothing of what only one before it has asked for.
+    """
 
     payload: Payload
     sites: frozenset[str]
     waiting: set[str]
+    asked: bool = True
     failed: set[str] = field(default_factory=set)
     timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
 
@@ -255,7 +259,7 @@ class RunningJob:
     def _hand_on(self, key: UpdateKey, payload: Payload) -> None:
         """To the workflow, if it waits for this update."""
         out = self._open.get(key.task)
-        if out is None or key.site not in out.waiting:
+        if out is None or not out.asked or key.site not in out.waiting:
             return
         out.waiting.discard(key.site)
         inline = [] if payload.inline is None else [payload.inline]
@@ -310,6 +314,8 @@ class RunningJob:
             out.timers[site] = loop.call_later(self._absence_s, lambda: self._fail(task, out, site, failure))
 
     def _fail(self, task: TaskRef, out: _Open, site: str, failure: Failure) -> None:
+        if not out.asked:
+            return
         out.waiting.discard(site)
         out.failed.add(site)
         self._send(Arrived(task=task, site=site, failure=failure))
@@ -371,6 +377,8 @@ class RunningJob:
         self._over = over = loop.create_future()
         process = None
         self._full = False
+        for out in self._open.values():
+            out.asked = False
         self._events.begin()
         try:
             with (self.folder / LOG).open("ab") as log:

@@ -19,7 +19,8 @@ from hanse.client.script import Script, imported_modules
 _THREAD_SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 _MMAP_FROM_BYTES = 32 << 20
 _KEEP_BYTES = 256 << 20
-_LARGE_BYTES = 512 << 10
+KEEP_ALL = -1
+_LARGE_BYTES = 4 << 20
 
 
 def thread_settings(threads: int) -> dict[str, str]:
@@ -51,11 +52,14 @@ def stay_small() -> None:
             libc = ctypes.CDLL(None)
             libc.mallopt(-8, 1)  # M_ARENA_MAX
             libc.mallopt(-3, _LARGE_BYTES)  # M_MMAP_THRESHOLD
-            libc.mallopt(-1, 2 * _LARGE_BYTES)  # M_TRIM_THRESHOLD
+            libc.mallopt(-1, 4 * _LARGE_BYTES)  # M_TRIM_THRESHOLD
 
 
-def settle_in(threads: int) -> None:
-    """Make this process a worker: die with the parent, leave Ctrl-C to it, and compute with so many threads."""
+def settle_in(threads: int, *, keep_bytes: int = _KEEP_BYTES) -> None:
+    """Make this process a worker: die with the parent, leave Ctrl-C to it, and compute with so many threads.
+
+    keep_bytes: so much freed memory is kept for the next task; KEEP_ALL for all of it.
+    """
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -64,7 +68,7 @@ def settle_in(threads: int) -> None:
         with contextlib.suppress(AttributeError):  # glibc alone has it: keep freed memory, since touching new pages costs more
             libc = ctypes.CDLL(None)
             libc.mallopt(-3, _MMAP_FROM_BYTES)  # M_MMAP_THRESHOLD
-            libc.mallopt(-1, _KEEP_BYTES)  # M_TRIM_THRESHOLD
+            libc.mallopt(-1, keep_bytes)  # M_TRIM_THRESHOLD
     os.environ.update(thread_settings(threads))
     threadpoolctl.threadpool_limits(threads)
     for adapter in loaded():

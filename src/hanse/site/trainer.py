@@ -12,6 +12,7 @@ import faulthandler
 import math
 import os
 import resource
+import select
 import socket
 import sys
 import threading
@@ -36,7 +37,7 @@ from hanse.site import orders
 from hanse.site.failure import failure_of
 from hanse.site.orders import Begin, Close, Closed, Lines, Perform, Performed, Restore, Unfit
 from hanse.site.output import Output
-from hanse.site.process import die_with_parent, settle_in
+from hanse.site.process import KEEP_ALL, die_with_parent, settle_in
 from hanse.site.runner import SiteRunner
 from hanse.transport.memory import MemoryLink, Received, map_shared
 
@@ -66,6 +67,7 @@ def main() -> None:
 def work(link: MemoryLink, begin: Begin) -> None:
     """Do what the agent says. Raises LinkBroken when it is gone."""
     die_with_parent()
+    _check_link(link)
     _limit(begin)
     speak = _Speaker(link)
     output = Output(speak.line)
@@ -74,7 +76,7 @@ def work(link: MemoryLink, begin: Begin) -> None:
             job, code = _load(Path(begin.folder))
             if job.framework:
                 load_adapter(job.framework)  # and with it the framework, so that it is told how many threads to use
-        settle_in(begin.threads)
+        settle_in(begin.threads, keep_bytes=KEEP_ALL)
         filters = Filters(**{edge: tuple(part_of("filters", part) for part in parts) for edge, parts in job.filters.items()})
         runner = SiteRunner(code, filters=filters, framework=job.framework, sink=speak.line)
     except (Exception, SystemExit) as error:
@@ -142,6 +144,14 @@ def _own(received: Received) -> bytes:
     frame = bytes(received.body.buffer)
     received.body.release()
     return frame
+
+
+def _check_link(link: MemoryLink) -> None:
+    """Raises LinkBroken if the agent was gone before this process was bound to it: its orders may still lie here, to be read."""
+    poll = select.poll()
+    poll.register(link.socket, 0)
+    if any(events & select.POLLHUP for _, events in poll.poll(0)):
+        raise LinkBroken("the agent is gone")
 
 
 def _limit(begin: Begin) -> None:
