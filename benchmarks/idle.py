@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
+import socket
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from pathlib import Path
 from claims import Claim, parser, run
 from processes import _fields
 
-from hanse.environments.local import local_federation, local_project
+from hanse.environments.local import HOST, local_federation, local_project
 from hanse.identity.kit import read_kit
 from hanse.provision.kits import provision
 
@@ -34,7 +35,7 @@ SETTLE_S = 10.0
 
 @dataclass(frozen=True)
 class Cost:
-    """site_kib: what the server's memory (PSS) grew by, for each site. cpu_percent: of a core, while nothing happens."""
+    """site_kib: what the server's memory grew by, for each site. cpu_percent: of a core, while nothing happens."""
 
     site_kib: float
     cpu_percent: float
@@ -65,10 +66,11 @@ async def _hanse(folder: Path, options: Namespace) -> Cost:
 
 
 def _raw(folder: Path, options: Namespace) -> Cost:
-    provision(local_project((), 0x8000 + os.getpid() % 0x4000), folder)
-    server = subprocess.Popen(
-        [sys.executable, WORKLOADS / "raw_idle.py", folder / "server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port = probe.getsockname()[1]
+    provision(local_project((), port), folder)
+    server = subprocess.Popen([sys.executable, WORKLOADS / "raw_idle.py", folder / "server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with server:
         assert server.stdout is not None
         server.stdout.readline()
@@ -79,10 +81,10 @@ def _raw(folder: Path, options: Namespace) -> Cost:
 
 
 def _cost(pid: int, folder: Path, options: Namespace) -> Cost:
-    before = _fields(Path(f"/proc/{pid}/smaps_rollup"))["Pss"]
+    before = _resident(pid)
     with _sites(folder, options.sites):
         time.sleep(SETTLE_S)
-        after, cpu_s = _fields(Path(f"/proc/{pid}/smaps_rollup"))["Pss"], _cpu_s(pid)
+        after, cpu_s = _resident(pid), _cpu_s(pid)
         time.sleep(options.seconds)
         return Cost((after - before) / options.sites / 1024, (_cpu_s(pid) - cpu_s) / options.seconds * 100)
 
@@ -106,6 +108,11 @@ def _sites(folder: Path, count: int) -> Iterator[None]:
         for process in processes:
             process.kill()
             process.wait()
+
+
+def _resident(pid: int) -> int:
+    """In bytes, with all of the libraries: their part in PSS changes with whoever else has mapped them."""
+    return _fields(Path(f"/proc/{pid}/status"))["VmRSS"]
 
 
 def _cpu_s(pid: int) -> float:

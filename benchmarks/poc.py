@@ -36,9 +36,7 @@ def measure(options: Namespace) -> Iterator[Claim]:
                 hanse.append(job)
                 print(f"bare {script:.2f} s   {SITES} starts {start:.2f} s   hanse {job:.2f} s", flush=True)
     both = [one + other for one, other in zip(bare, starts, strict=True)]
-    yield Claim(
-        what="poc: wall time", hanse=f"{median(hanse):.2f} s", bare=f"{median(both):.2f} s", figure=ratio(hanse, both), limit=2.5
-    )
+    yield Claim(what="poc: wall time", hanse=f"{median(hanse):.2f} s", bare=f"{median(both):.2f} s", figure=ratio(hanse, both), limit=2.5)
 
 
 def _starts() -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from typing import Self
 
 _AT_ONCE = 1 << 16
@@ -22,6 +23,7 @@ class Pump:
         self.pumped = {"up": 0, "down": 0}
         self._cut_at: dict[str, int | None] = {"up": None, "down": None}
         self._corrupt: dict[str, int | None] = {"up": None, "down": None}
+        self._cut_once: dict[str, Callable[[], bool]] = {}
         self._refusing = self._frozen = False
         self._moving = asyncio.Event()
         self._moving.set()
@@ -55,6 +57,10 @@ class Pump:
     def cut_after(self, count: int, direction: str = "up") -> None:
         """Cut all connections when so many more bytes have gone in that direction. It happens once."""
         self._cut_at[direction] = self.pumped[direction] + count
+
+    def cut_once(self, happened: Callable[[], bool], direction: str = "down") -> None:
+        """Cut all connections before the first piece in that direction that comes when `happened()`. It happens once."""
+        self._cut_once[direction] = happened
 
     def corrupt_once(self, direction: str = "up", after: int = 0) -> None:
         """Turn one bit around in the piece that goes in that direction after so many more bytes."""
@@ -90,6 +96,10 @@ class Pump:
                 await self._moving.wait()
                 if self.delay_s:
                     await asyncio.sleep(self.delay_s)
+                if (happened := self._cut_once.get(direction)) is not None and happened():
+                    del self._cut_once[direction]
+                    self.cut()
+                    break
                 if (at := self._corrupt[direction]) is not None and at < self.pumped[direction] + len(data):
                     self._corrupt[direction] = None
                     data = bytes([*data[:-1], data[-1] ^ 1])

@@ -15,6 +15,8 @@ import grpc
 from hanse.identity.kit import read_kit
 from hanse.messages.wire import Welcome, encode_message
 
+PINGS = [("grpc.http2.min_ping_interval_without_data_ms", 1000), ("grpc.http2.max_ping_strikes", 0)]  # the sites' pings are welcome
+
 
 async def serve(folder: Path) -> None:
     kit = read_kit(folder)
@@ -24,7 +26,7 @@ async def serve(folder: Path) -> None:
         while await context.read() is not grpc.aio.EOF:
             await context.write(encode_message(Welcome(version="1")))
 
-    server = grpc.aio.server()
+    server = grpc.aio.server(options=PINGS)
     handlers = {"Control": grpc.stream_stream_rpc_method_handler(control)}
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("hanse.Federation", handlers)])
     pair = credentials.key, credentials.certificate

@@ -83,7 +83,7 @@ def test_a_job_that_is_stopped(ask: Hanse, job: Job, tmp_path: Path) -> None:
     [
         (["show", "nothing"], 1, "error: there is no job 'nothing'"),
         (["submit", "nowhere"], 2, "error: nowhere is no job folder"),
-        (["submit", "{job}", "--sites", "east"], 1, "sites that are not in this federation, or disabled: east"),
+        (["submit", "{job}", "--sites", "east"], 1, "not in this federation, or disabled or revoked: east"),
         (["submit", "{job}", "--gpus", "1000"], 1, "north: Resources"),
         (["submit", "{job}", "--cores", "1000", "--memory-bytes", "1"], 1, "north: Resources"),
         (["submit", "{job}", "--sites", "north,north"], 2, "give a list of different names"),

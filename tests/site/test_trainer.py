@@ -220,6 +220,13 @@ os.kill(os.getpid(), 9)
         os.close(trainer)
 
 
+def test_it_ends_if_the_agent_is_gone_before_it_is_up(start: Start, job_folder: Callable[..., Path]) -> None:
+    trainer = start(job_folder(APP))
+    trainer.link.send(orders.encode(Perform(task=TaskRef(0, 0))), encode_task(task(1, name="busy")))  # it could do this, and for ever
+    trainer.link.close()
+    assert trainer.process.wait(60) == 1
+
+
 def test_importing_it_is_light() -> None:
     heavy = ["grpc", "cryptography", "sqlalchemy", "torch", "hanse.jobs.recipe", "hanse.workflows"]
     code = f"import sys, hanse.site.trainer; print([name for name in {heavy} if name in sys.modules])"

@@ -58,7 +58,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """
 
     format: int
-    name: Name
+    name: Annotated[str, msgspec.Meta(max_length=100, pattern=r"^[\w-]+$")]
     digests: dict[str, Content]
     sites: list[Name]
     site_config: dict[str, dict[str, Any]]

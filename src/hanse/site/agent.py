@@ -233,9 +233,9 @@ class Agent:
             digest = blake3(offer.manifest).hexdigest()
             facts = {"job": offer.job, "name": manifest.name, "submitter": str(submitter), "manifest": digest}
             try:
-                self._remember(digest, offer.job)
                 self._allow(offer)
                 kept = Kept(self._state / "jobs", offer.job)
+                self._remember(digest, offer.job)
                 kept.save_offer(offer)
             except HanseError as error:
                 self._ledger.append("offer", **facts, decision="refused", why=str(error))
