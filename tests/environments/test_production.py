@@ -72,7 +72,7 @@ def test_what_the_federation_does_not_have(load: Callable[[str], Any], kit: Path
     recipe = FedAvgRecipe(name="a", app=load(CODE).app, model=MODEL, rounds=1)
     for wanted, says in [
         ({"resources": {"gpus": 1000}}, "(?s)site-1: Resources.*site-2: Resources"),
-        ({"sites": ["site-3"]}, "sites that are not in this federation, or disabled: site-3"),
+        ({"sites": ["site-3"]}, "sites that are not in this federation, or disabled or revoked: site-3"),
         ({"min_sites": 3}, "needs 3 sites"),
     ]:
         with pytest.raises(Refused, match=says):

@@ -350,7 +350,7 @@ async def test_refusals_come_with_their_clause_at_submission(real_federation: Fe
         about = await federation.finished(answer["job"])
         assert (about["status"], about["sites"]) == ("completed", ["a"])
         assert not strict.performed
-        with pytest.raises(Refused, match="names sites that are not in this federation, or disabled: nowhere"):
+        with pytest.raises(Refused, match="names sites that are not in this federation, or disabled or revoked: nowhere"):
             await federation.submit(recipe, sites=["a", "nowhere"])
         with pytest.raises(Refused, match="needs 3 sites, and this federation has 2"):
             await federation.submit(recipe, min_sites=3)
