@@ -22,6 +22,7 @@ from hanse.server.report import write_report
 from hanse.transport.courier import Roster
 
 RUN, EVENTS, COMMIT, MODEL, BEST = "run.json", "metrics.jsonl", "commit.safetensors", "model.safetensors", "best.safetensors"
+EARLIER = "commit-before.safetensors"
 MAPPED_FROM_BYTES = 32 << 20
 """A committed model of this size goes on as a mapping of its file, so that it is not in memory twice while the next one is summed."""
 
@@ -31,7 +32,7 @@ States = Mapping[str, bytes]
 class RunFolder:
     """Writes one run. Events are written out with each commit, so the folder always tells of committed rounds, and of an end.
 
-    A commit is one file, `commit.safetensors`, replaced in one step: the model with the server optimizer's moments, how many commits
+    A commit is one file, `commit.safetensors`, written whole before the one before it (`commit-before.safetensors` meanwhile) is gone: the model with the server optimizer's moments, how many commits
     there were, the best so far, the sites' states, and how long `metrics.jsonl` was. It survives `kill -9` of the process, though not a
     loss of power.
     """
@@ -90,7 +91,8 @@ class RunFolder:
             "events": written,
         }
         tree = {"model": model.params, "states": dict(states)}
-        write(self.path / COMMIT, replace(model, params=tree), fields)
+        with self._one_before():
+            write(self.path / COMMIT, replace(model, params=tree), fields)
         self.commits += 1
         self.write_facts(**self._reached(model))
         self.committed(written)
@@ -98,6 +100,21 @@ class RunFolder:
             return model
         kept = read(self.path / COMMIT)[0]
         return replace(kept, params=kept.params["model"])
+
+    @contextmanager
+    def _one_before(self) -> Iterator[None]:
+        """Keep the last commit under another name until there is a new one: a file that takes an earlier one's name has to be on the disk
+        first, as some file systems see it, and a large one takes long to get there."""
+        last, earlier = self.path / COMMIT, self.path / EARLIER
+        if last.is_file():
+            last.rename(earlier)
+        try:
+            yield
+        except BaseException:
+            if earlier.is_file():
+                earlier.rename(last)
+            raise
+        earlier.unlink(missing_ok=True)
 
     def _reached(self, model: FLModel) -> dict[str, Any]:
         """What `run.json` says of the last commit."""
@@ -115,6 +132,9 @@ class RunFolder:
         """Go back to the last commit: its model and the sites' states. Events of later, unfinished rounds are dropped. None if there was
         no commit.
         """
+        if not (self.path / COMMIT).is_file() and (self.path / EARLIER).is_file():  # it was killed while it wrote the next one
+            (self.path / EARLIER).rename(self.path / COMMIT)
+        (self.path / EARLIER).unlink(missing_ok=True)
         if not (self.path / COMMIT).is_file():
             (self.path / EVENTS).unlink(missing_ok=True)
             return None
