@@ -1,7 +1,7 @@
 """`transport`: large models over mutual TLS between real processes: time beside raw gRPC streams, and memory of each part.
 
-A round of Hanse goes from commit to commit: the model goes down to every site, each adds a constant, the updates come up, are stored, checked,
-averaged and committed. The raw streams carry the same bytes with the same TLS and drop them. They take turns.
+A round of Hanse goes from commit to commit: the model goes down to every site, each adds a constant, the updates come up, are stored,
+checked, averaged and committed. The raw streams carry the same bytes with the same TLS and drop them. They take turns.
 """
 
 from __future__ import annotations

@@ -32,9 +32,9 @@ States = Mapping[str, bytes]
 class RunFolder:
     """Writes one run. Events are written out with each commit, so the folder always tells of committed rounds, and of an end.
 
-    A commit is one file, `commit.safetensors`, written whole before the one before it (`commit-before.safetensors` meanwhile) is gone: the model with the server optimizer's moments, how many commits
-    there were, the best so far, the sites' states, and how long `metrics.jsonl` was. It survives `kill -9` of the process, though not a
-    loss of power.
+    A commit is one file, `commit.safetensors`, written whole before the one before it (`commit-before.safetensors` meanwhile) is gone: the
+    model with the server optimizer's moments, how many commits there were, the best so far, the sites' states, and how long
+    `metrics.jsonl` was. It survives `kill -9` of the process, though not a loss of power.
     """
 
     def __init__(
