@@ -15,6 +15,11 @@ import pytest
 import yaml
 
 from hanse.identity.certificates import Credentials
+from hanse.sandbox import Sandbox
+
+NO_SANDBOX = Sandbox().problem()
+
+pytestmark = pytest.mark.skipif(NO_SANDBOX is not None, reason=f"server and sites run jobs in a sandbox: {NO_SANDBOX}")
 
 Hanse = Callable[..., subprocess.CompletedProcess[str]]
 

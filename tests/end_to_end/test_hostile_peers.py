@@ -212,6 +212,8 @@ async def world(tmp_path_factory: pytest.TempPathFactory, jobs: object) -> Async
     with contextlib.closing(await asyncio.start_server(lambda reader, writer: None, HOST, 0)) as probe:
         port = probe.sockets[0].getsockname()[1]
     provision(local_project(["north", "south"], port), folder)
+    kit = read_kit(folder / "server")
+    write_kit(kit.folder, msgspec.structs.replace(kit, sandbox="preferred"))
     async with local_federation(folder, ["north", "south"]) as running:
         kit = read_kit(folder / "server")
         world = World(running, Authority.load(folder / "authority"), kit.authority(), kit.server)

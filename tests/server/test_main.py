@@ -51,7 +51,15 @@ def train(model, site):
 def kit(identities: Any, tmp_path: Path) -> Kit:
     """The server's, in a folder."""
     folder = tmp_path / "server"
-    kit = Kit(federation="test", role=Role.SERVER, name="server", organisation="lab", server="localhost:8443", listen="localhost:0")
+    kit = Kit(
+        federation="test",
+        role=Role.SERVER,
+        name="server",
+        organisation="lab",
+        server="localhost:8443",
+        listen="localhost:0",
+        sandbox="preferred",
+    )
     write_kit(folder, kit)
     identities.of(Role.SERVER, "server").save(folder / CREDENTIALS)
     identities.authority.save(folder / AUTHORITY)
@@ -126,6 +134,7 @@ async def test_a_kit_that_is_no_servers_is_refused(kit: Kit) -> None:
 
 
 def test_the_settings_follow_the_kit(kit: Kit) -> None:
+    kit.sandbox = "required"
     assert settings_of(kit) == Settings(
         state=kit.folder / "state", address="localhost:8443", certificate_days=kit.certificate_days, hidden=[kit.folder]
     )

@@ -158,11 +158,10 @@ def joined_sites(folder: Path) -> list[str]:
 
 async def _start(role: str, name: str, kit: Path, logs: Path) -> Member:
     log = logs / f"{name}.log"
-    environment = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}  # this process may have made it quiet
     with log.open("ab") as errors:
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-P", "-m", "hanse.environments.member", role, str(kit), str(os.getpid()),
-            stdin=PIPE, stdout=PIPE, stderr=errors, start_new_session=True, env=environment,
+            stdin=PIPE, stdout=PIPE, stderr=errors, start_new_session=True,
         )  # fmt: skip
     return Member(name, process, log)
 

@@ -23,6 +23,7 @@ TOKEN = "join.token"
 def main(role: str, folder: Path, parent: int) -> int:
     """The exit status."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    os.environ.pop("GRPC_VERBOSITY", None)  # gRPC alone sees peers of another authority: its log says which handshakes failed, and why
     die_with(parent)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:

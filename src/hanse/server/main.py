@@ -6,13 +6,9 @@ import asyncio
 import contextlib
 import ctypes
 import logging
-import os
 import signal
 from collections.abc import Callable
 from datetime import UTC, datetime
-
-# Before gRPC is loaded: it alone sees a peer without a certificate of this authority, and so it says which handshakes failed, and why.
-os.environ["GRPC_VERBOSITY"] = "INFO"
 
 from hanse.errors import ConfigError
 from hanse.identity.authority import new_key, request
