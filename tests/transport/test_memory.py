@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
 import os
 import signal
@@ -97,7 +98,7 @@ def test_a_released_slot_is_used_again(ends: tuple[MemoryLink, MemoryLink]) -> N
     before = descriptors()
     for seed, size in enumerate([3 * BIG, BIG, 2 * BIG, 3 * BIG]):
         assert sent(a, b, content(size, seed)) == content(size, seed)
-    assert descriptors() == before
+    assert descriptors() <= before
     sent(a, b, content(4 * BIG))  # fits in no slot
     assert descriptors() > before
 
@@ -232,6 +233,7 @@ def test_it_went_without_reading_what_it_was_sent() -> None:
 
 
 def test_nothing_is_left_open() -> None:
+    gc.collect()  # what other tests have left
     before = descriptors()
     for _ in range(3):
         a, b = MemoryLink.pair()
