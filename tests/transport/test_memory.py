@@ -243,7 +243,7 @@ def test_nothing_is_left_open() -> None:
         a.close()
         b.close()
         a.close()  # again does nothing
-    assert descriptors() == before
+    assert descriptors() <= before
 
 
 @settings(max_examples=40)

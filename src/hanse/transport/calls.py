@@ -43,6 +43,8 @@ OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.keepalive_timeout_ms", PING_TIMEOUT_S * 1000),
     ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_S * 1000),  # without it, 60 s; the one above alone does not end a connection
     ("grpc.http2.max_frame_size", 1 << 20),
+    ("grpc.http2.bdp_probe", 0),  # or gRPC lets more and more come before it is read, and holds it in memory
+    ("grpc.http2.lookahead_bytes", 4 << 20),
 )
 SERVER_OPTIONS: tuple[tuple[str, int | str], ...] = (
     *OPTIONS,
