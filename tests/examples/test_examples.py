@@ -153,6 +153,14 @@ def test_cross_site_scores_every_model_everywhere(tmp_path: Path) -> None:
     assert re.search(rf"server +{accuracy['server']['ada']:.4f} ", printed)
 
 
+def test_a_federation_of_processes_keeps_to_the_sites_policies(tmp_path: Path) -> None:
+    printed = run_example("federation/job.py", tmp_path)
+    run = finished(tmp_path, "federation")
+    assert abs(float(re.findall(r"the slope is \[(.*?)\]", printed)[0]) - 3) < 0.1
+    assert [set(metrics) for metrics in run.metrics] == [{"loss"}] * 3
+    assert "known of each round: loss\n" in printed
+
+
 def test_every_example_is_described_and_tested() -> None:
     folders = {path.name for path in EXAMPLES.iterdir() if path.is_dir()}
     page = (ROOT / "docs" / "examples.md").read_text("utf-8")
