@@ -45,6 +45,14 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value))
 
 
+def print_answer(answer: Any, text: str, *, as_json: bool) -> None:
+    """The server's answer as JSON, or what it comes to in words."""
+    if as_json:
+        print_json(answer)
+    else:
+        typer.echo(text)
+
+
 def print_table(rows: Sequence[Row], columns: Mapping[str, Callable[[Row], str]], *, empty: str) -> None:
     """A table with these headings, or the sentence `empty`. What others wrote is printed without anything that could steer a terminal."""
     import sys

@@ -8,7 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hanse.cli.admin import Json, KitFolder, Row, ask, moment, moment_of, print_facts, print_json, print_table, text_of, with_server
+from hanse.cli.admin import (
+    Json,
+    KitFolder,
+    Row,
+    ask,
+    moment,
+    moment_of,
+    print_answer,
+    print_facts,
+    print_json,
+    print_table,
+    text_of,
+    with_server,
+)
 from hanse.errors import JobFailed, JobStopped
 
 if TYPE_CHECKING:
@@ -124,21 +137,13 @@ def logs(job: JobId, kit: KitFolder, follow: Follow = False, json: Json = False)
 @app.command()
 def abort(job: JobId, kit: KitFolder, json: Json = False) -> None:
     """Stop a job. Its last commit is kept."""
-    answer = ask(kit, "abort", job=job)
-    if json:
-        print_json(answer)
-    else:
-        typer.echo(f"{job} is stopped; go on with: hanse job resume {job}")
+    print_answer(ask(kit, "abort", job=job), f"{job} is stopped; go on with: hanse job resume {job}", as_json=json)
 
 
 @app.command()
 def resume(job: JobId, kit: KitFolder, json: Json = False) -> None:
     """Go on with a job that was stopped or failed, from its last commit."""
-    answer = ask(kit, "resume", job=job)
-    if json:
-        print_json(answer)
-    else:
-        typer.echo(f"{job} goes on")
+    print_answer(ask(kit, "resume", job=job), f"{job} goes on", as_json=json)
 
 
 @app.command()

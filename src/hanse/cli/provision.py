@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hanse.cli.admin import Json, KitFolder, ask, print_json
+from hanse.cli.admin import Json, KitFolder, ask, print_answer
 from hanse.errors import ConfigError
 
 
@@ -44,16 +44,9 @@ def token(
 ) -> None:
     """Make a token with which one site can join, once. Give it to the site's people over a way that you trust."""
     answer = ask(kit, "token", site=site, organisation=organisation, hours=hours)
-    if json:
-        print_json(answer)
-    else:
-        typer.echo(answer["token"])
+    print_answer(answer, answer["token"], as_json=json)
 
 
 def revoke(name: Annotated[str, typer.Argument(help="Of a site or a person.")], kit: KitFolder, json: Json = False) -> None:
     """Refuse all certificates of a participant from now on; open connections end at once."""
-    answer = ask(kit, "revoke", name=name)
-    if json:
-        print_json(answer)
-    else:
-        typer.echo(f"{name} is revoked")
+    print_answer(ask(kit, "revoke", name=name), f"{name} is revoked", as_json=json)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hanse.cli.admin import Json, KitFolder, Row, ask, moment, moment_of, print_facts, print_json, print_table, text_of
+from hanse.cli.admin import Json, KitFolder, Row, ask, moment, moment_of, print_answer, print_facts, print_json, print_table, text_of
 
 app = typer.Typer(help="Join a federation and run a site's agent; or, as an admin, look at the sites.", no_args_is_help=True)
 
@@ -95,11 +95,7 @@ def enable(site: SiteName, kit: KitFolder, json: Json = False) -> None:
 
 
 def _switch(name: str, site: str, kit: Path, json: bool) -> None:
-    answer = ask(kit, name, site=site)
-    if json:
-        print_json(answer)
-    else:
-        typer.echo(f"{site} is {name}d")
+    print_answer(ask(kit, name, site=site), f"{site} is {name}d", as_json=json)
 
 
 def _state(row: Row) -> str:

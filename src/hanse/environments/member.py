@@ -7,7 +7,6 @@ dies with its parent, whose process id is PARENT.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 import os
 import signal
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from hanse.errors import HanseError
 from hanse.identity.kit import KIT, read_kit
+from hanse.process import die_with_parent
 
 TOKEN = "join.token"
 
@@ -36,8 +36,7 @@ def main(role: str, folder: Path, parent: int) -> int:
 
 def die_with(parent: int) -> None:
     """See to it that this process is killed when its parent dies."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    die_with_parent()
     if os.getppid() != parent:
         os._exit(1)
 

@@ -188,6 +188,11 @@ class Credentials:
     def expires(self) -> datetime:
         return certificates_in(self.certificate)[0].not_valid_after_utc
 
+    @property
+    def renew_at(self) -> datetime:
+        """When two thirds of the lifetime are over: the time to renew."""
+        return self.begins + (self.expires - self.begins) * 2 / 3
+
     def save(self, folder: Path) -> None:
         """Write key.pem (for the owner's eyes only), certificate.pem and roots.pem, each whole or not at all. A file that has not changed
         is left alone: a certificate renewed for the same key is one rename."""

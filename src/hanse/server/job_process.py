@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -25,9 +24,10 @@ from hanse.errors import HanseError, JobFailed, LinkBroken
 from hanse.jobs.loading import read_job
 from hanse.jobs.recipe import Recipe
 from hanse.messages.flmodel import FLModel
+from hanse.process import die_with_parent, tune_memory
 from hanse.server.job_link import NO_ROOM, Committed, Finished, Noted, Start, decode_to_job, encode, is_full
 from hanse.server.remote_sites import RemoteSites
-from hanse.server.run_folder import RUN, RunFolder, first_facts
+from hanse.server.run_folder import RUN, RunFolder, first_facts, scalar
 from hanse.server.runner import run_to_end
 from hanse.transport.blobs import FolderBlobs
 from hanse.transport.courier import Roster
@@ -102,7 +102,7 @@ def _open_folder(path: Path, recipe: Recipe, roster: Roster, sites: RemoteSites)
 
     def listen(event: Mapping[str, Any]) -> None:
         known = {name: event[name] for name in ("event", "time", "status", "reason")} if event["event"] == "end" else event
-        sites.tell(Noted(event=json.dumps(known, default=_scalar).encode()))
+        sites.tell(Noted(event=json.dumps(known, default=scalar).encode()))
 
     def committed(events_bytes: int) -> None:
         sites.tell(Committed(commits=folder.commits, rounds=folder.facts["rounds"]["done"], events_bytes=events_bytes))
@@ -116,19 +116,12 @@ def _open_folder(path: Path, recipe: Recipe, roster: Roster, sites: RemoteSites)
     return folder
 
 
-def _scalar(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") and getattr(value, "size", 1) == 1 else str(value)
-
-
 def _settle_in() -> None:
     """Die with the server, leave its signals to it, and give freed memory back: models are large and the job runs for long."""
     for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(kind, signal.SIG_IGN)
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(-3, _MMAP_FROM_BYTES)  # M_MMAP_THRESHOLD
+    die_with_parent()
+    tune_memory(map_from_bytes=_MMAP_FROM_BYTES)
 
 
 def _end_if_full(error: Exception) -> None:

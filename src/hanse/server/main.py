@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import logging
 import signal
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from hanse.errors import ConfigError
 from hanse.identity.authority import new_key, request
 from hanse.identity.certificates import Credentials, Role, addresses_of
 from hanse.identity.kit import CREDENTIALS, Kit
+from hanse.process import tune_memory
 from hanse.server.service import FederationServer, Settings
 from hanse.transport.grpc import serve
 
@@ -27,7 +27,9 @@ async def serve_kit(kit: Kit, *, ready: Callable[[str], object] = lambda address
     """
     if kit.role is not Role.SERVER or kit.listen is None:
         raise ConfigError(f"{kit.folder} is the kit of a {kit.role}: `hanse server start` needs the server's.")
-    _settle_in()
+    # With a heap for each of gRPC's threads much is kept of what passes through; with a single one, an idle connection takes 10 KiB more,
+    # for what lasts lies among what does not.
+    tune_memory(arenas=2)
     ended = asyncio.Event()
     for kind in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(kind, ended.set)
@@ -46,7 +48,7 @@ async def serve_kit(kit: Kit, *, ready: Callable[[str], object] = lambda address
                 ready(f"{kit.server.rpartition(':')[0]}:{server.port}")
             try:
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(max(60.0, (_renew_at(credentials) - datetime.now(UTC)).total_seconds())):
+                    async with asyncio.timeout(max(60.0, (credentials.renew_at - datetime.now(UTC)).total_seconds())):
                         await ended.wait()
             finally:
                 await server.close()  # sites connect again by themselves, to one with a new certificate if it was time for that
@@ -74,7 +76,7 @@ def settings_of(kit: Kit) -> Settings:
 def fresh(kit: Kit) -> Credentials:
     """The server's credentials; new ones if two thirds of their time are over. It holds the authority that issues them."""
     credentials = kit.credentials()
-    if datetime.now(UTC) < _renew_at(credentials):
+    if datetime.now(UTC) < credentials.renew_at:
         return credentials
     key, addresses = new_key(), addresses_of(credentials.certificate)
     certificate = kit.authority().issue(credentials.identity, request(key), days=kit.certificate_days, addresses=addresses)
@@ -82,14 +84,3 @@ def fresh(kit: Kit) -> Credentials:
     renewed.save(kit.folder / CREDENTIALS)
     logger.info("the server's certificate is renewed, until %s", renewed.expires)
     return renewed
-
-
-def _settle_in() -> None:
-    """Keep little memory for each of gRPC's threads: what passes through the server is large, and soon gone."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-8, 2)  # M_ARENA_MAX: with a single one, an idle connection takes 10 KiB more, for what lasts lies among what does not
-
-
-def _renew_at(credentials: Credentials) -> datetime:
-    return credentials.begins + (credentials.expires - credentials.begins) * 2 / 3

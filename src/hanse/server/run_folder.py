@@ -76,7 +76,7 @@ class RunFolder:
             self._round = facts["round"]
         if kind in ("start", "round", "end"):
             event["time"] = time.time()
-        self._pending.append(json.dumps(event, default=_scalar) + "\n")
+        self._pending.append(json.dumps(event, default=scalar) + "\n")
         self._listen(event)
 
     def progress(self, done: int, asked: int) -> None:
@@ -150,7 +150,7 @@ class RunFolder:
         """Change `run.json`, in one step."""
         self.facts |= facts
         temporary = self.path / f".{RUN}"
-        temporary.write_text(json.dumps(self.facts, indent=2, default=_scalar) + "\n")
+        temporary.write_text(json.dumps(self.facts, indent=2, default=scalar) + "\n")
         temporary.replace(self.path / RUN)
 
     def finish(self, status: str, reason: str = "") -> None:
@@ -246,6 +246,6 @@ def open_run(path: Path) -> dict[str, Any]:
     return facts
 
 
-def _scalar(value: Any) -> Any:
+def scalar(value: Any) -> Any:
     """NumPy's numbers as Python's; anything else by its text."""
     return value.item() if hasattr(value, "item") and getattr(value, "size", 1) == 1 else str(value)

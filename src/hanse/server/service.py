@@ -50,7 +50,7 @@ from hanse.server.run_folder import COMMIT
 from hanse.server.running_job import TASKS, RunningJob
 from hanse.server.scheduler import Queued, room, starts
 from hanse.server.store import Job, Member, Store
-from hanse.transport.blobs import FolderBlobs, Incoming
+from hanse.transport.blobs import Incoming, blob_path
 from hanse.transport.grpc import Peer
 
 JOB = "job"
@@ -242,7 +242,7 @@ class FederationServer:
                 if active.job.archive == blob:
                     return self.blobs.folder.path(blob)
                 if active.running is not None and active.running.has_task(blob, who.name):
-                    return FolderBlobs(active.running.task_folder).path(blob)
+                    return blob_path(active.running.task_folder, blob)
         elif (blob, who.name) in self._results:
             return self._results[blob, who.name]
         raise Refused(f"the blob {blob.hex[:16]}… is not for {who}.", hint="It may have been, and is no longer needed.")

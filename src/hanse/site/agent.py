@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.metadata
-import json
 import logging
 import os
 import random
@@ -43,20 +42,17 @@ from hanse.messages.wire import (
 )
 from hanse.sandbox import Sandbox
 from hanse.site.held_job import COMPLETED, HeldJob, Site
-from hanse.site.kept import Kept
+from hanse.site.kept import Kept, write_whole
 from hanse.site.ledger import Ledger
 from hanse.site.policy import check_offer, read_policy
 from hanse.site.process import stay_small
 from hanse.transport.client import Client, ControlStream
 
 AUDIT = "audit.jsonl"
-MANIFESTS = "manifests.json"
-"""Which job each signed manifest was: a bundle runs once, whoever offers it again."""
+MANIFESTS = "manifests"
+"""A folder that tells which job each signed manifest was: a bundle runs once, whoever offers it again."""
 
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.2, 10.0
-RENEW_AT = 2 / 3
-"""A certificate is renewed when so much of its lifetime is over."""
-
 _RENEW_AGAIN_S = 600.0
 _SLEEP_S = 3600.0
 
@@ -106,7 +102,7 @@ class Agent:
 
     async def run(self) -> None:
         """Connect, and stay connected. On the way out, training processes end and the state stays."""
-        self._state.mkdir(parents=True, exist_ok=True)
+        (self._state / MANIFESTS).mkdir(parents=True, exist_ok=True)
         with Ledger(self._state / AUDIT) as self._ledger:
             sandbox = await self._try_sandbox()
             self._site = Site(
@@ -250,13 +246,11 @@ class Agent:
 
     def _remember(self, manifest: str, job: str) -> None:
         """Raises Refused if the manifest was another job here."""
-        path = self._state / MANIFESTS
-        known = json.loads(path.read_text()) if path.exists() else {}
-        if known.setdefault(manifest, job) != job:
-            raise Refused(f"job {job!r} has the manifest of job {known[manifest]!r}: a signed job runs once.", hint="Submit it anew.")
-        unfinished = path.with_suffix(".new")
-        unfinished.write_text(json.dumps(known))
-        unfinished.replace(path)
+        path = self._state / MANIFESTS / manifest
+        before = path.read_text() if path.exists() else job
+        if before != job:
+            raise Refused(f"job {job!r} has the manifest of job {before!r}: a signed job runs once.", hint="Submit it anew.")
+        write_whole(path, job.encode())
 
     def _allow(self, offer: Offer, now: datetime | None = None) -> None:
         """Raises PolicyRefused, IdentityError and what else stands against a job."""
@@ -327,8 +321,7 @@ class Agent:
         """Renew the certificate in time, for the same key, and go on with the new one."""
         while True:
             credentials = self._credentials
-            renew_at = credentials.begins + (credentials.expires - credentials.begins) * RENEW_AT
-            left_s = (renew_at - datetime.now(UTC)).total_seconds()
+            left_s = (credentials.renew_at - datetime.now(UTC)).total_seconds()
             if left_s > 0:
                 await asyncio.sleep(min(left_s, _SLEEP_S))  # so that a clock that is set is noticed
                 continue

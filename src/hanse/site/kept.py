@@ -61,13 +61,13 @@ class Kept:
     def save_offer(self, offer: Offer) -> None:
         for folder in (self._states, self._updates, self.work):
             folder.mkdir(parents=True, exist_ok=True)
-        _write(self.path / "offer", encode_message(offer))
+        write_whole(self.path / "offer", encode_message(offer))
 
     def counted(self) -> Counted:
         return msgspec.json.decode(self._counted.read_bytes(), type=Counted) if self._counted.exists() else Counted()
 
     def save_counted(self, counted: Counted) -> None:
-        _write(self._counted, msgspec.json.encode(counted))
+        write_whole(self._counted, msgspec.json.encode(counted))
 
     def state_before(self, ref: TaskRef) -> bytes | None:
         """What the site kept when it began this task: after the newest of the earlier ones. None for nothing."""
@@ -75,7 +75,7 @@ class Kept:
         return (self._states / _name(earlier[-1])).read_bytes() if earlier else None
 
     def save_state(self, ref: TaskRef, state: bytes) -> None:
-        _write(self._states / _name(ref), state)
+        write_whole(self._states / _name(ref), state)
         self._with_state = sorted({*self._with_state, ref})
 
     def update(self, ref: TaskRef) -> bytes | None:
@@ -83,7 +83,7 @@ class Kept:
         return path.read_bytes() if path.exists() else None
 
     def save_update(self, ref: TaskRef, frame: bytes) -> None:
-        _write(self._updates / _name(ref), frame)
+        write_whole(self._updates / _name(ref), frame)
 
     def forget_update(self, ref: TaskRef) -> None:
         (self._updates / _name(ref)).unlink(missing_ok=True)
@@ -111,7 +111,8 @@ def _ref(path: Path) -> TaskRef:
     return TaskRef(int(commit), int(index))
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, by way of a file in the folder above its own. Raises StorageFull."""
     part = path.parent.parent / f".{path.parent.name}-{path.name}.part"
     try:
         part.write_bytes(data)

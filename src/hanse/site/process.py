@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import os
 import signal
-import sys
 from importlib import import_module
 
 import threadpoolctl  # type: ignore[import-untyped]
@@ -15,6 +13,7 @@ import threadpoolctl  # type: ignore[import-untyped]
 from hanse.app import App
 from hanse.client.framework import load_adapter, loaded
 from hanse.client.script import Script, imported_modules
+from hanse.process import die_with_parent, tune_memory
 
 _THREAD_SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 _MMAP_FROM_BYTES = 32 << 20
@@ -38,21 +37,10 @@ def preload(code: App | Script, framework: str | None) -> None:
                 import_module(name)
 
 
-def die_with_parent() -> None:
-    """Linux ends this process when the one that started it ends. Elsewhere it ends when it finds its link broken."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
 def stay_small() -> None:
     """Have glibc share one heap among threads and give freed memory back. gRPC's threads pass buffers on to each other: with a heap for
     each of them, an agent through which a model of 1 GiB has gone keeps up to half of it."""
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError):
-            libc = ctypes.CDLL(None)
-            libc.mallopt(-8, 1)  # M_ARENA_MAX
-            libc.mallopt(-3, _LARGE_BYTES)  # M_MMAP_THRESHOLD
-            libc.mallopt(-1, 4 * _LARGE_BYTES)  # M_TRIM_THRESHOLD
+    tune_memory(arenas=1, map_from_bytes=_LARGE_BYTES, keep_bytes=4 * _LARGE_BYTES)
 
 
 def settle_in(threads: int, *, keep_bytes: int = _KEEP_BYTES) -> None:
@@ -64,11 +52,7 @@ def settle_in(threads: int, *, keep_bytes: int = _KEEP_BYTES) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     die_with_parent()
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError):  # glibc alone has it: keep freed memory, since touching new pages costs more
-            libc = ctypes.CDLL(None)
-            libc.mallopt(-3, _MMAP_FROM_BYTES)  # M_MMAP_THRESHOLD
-            libc.mallopt(-1, keep_bytes)  # M_TRIM_THRESHOLD
+    tune_memory(map_from_bytes=_MMAP_FROM_BYTES, keep_bytes=keep_bytes)  # touching new pages costs more than keeping old ones
     os.environ.update(thread_settings(threads))
     threadpoolctl.threadpool_limits(threads)
     for adapter in loaded():

@@ -33,11 +33,12 @@ from hanse.messages.flmodel import FLModel
 from hanse.messages.task import TaskId
 from hanse.messages.update import Update
 from hanse.messages.wire import TaskRef
+from hanse.process import die_with_parent
 from hanse.site import orders
 from hanse.site.failure import failure_of
 from hanse.site.orders import Begin, Close, Closed, Lines, Perform, Performed, Restore, Unfit
 from hanse.site.output import Output
-from hanse.site.process import KEEP_ALL, die_with_parent, settle_in
+from hanse.site.process import KEEP_ALL, settle_in
 from hanse.site.runner import SiteRunner
 from hanse.transport.memory import MemoryLink, Received, map_shared
 
