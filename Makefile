@@ -5,10 +5,10 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint docs bench constraints clean
+.PHONY: help install demo test lint docs bench bench-finetuning constraints clean
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 install: .venv/installed ## make .venv, with all that the other commands need
 
@@ -23,8 +23,8 @@ install: .venv/installed ## make .venv, with all that the other commands need
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
-demo: install ## federate pictures of clothes among eight sites on this machine; ends with a table and a report
-	$(BIN)/python examples/demo/job.py
+demo: install ## fine-tune a vendor's model at a client, as processes of this machine; ends with a table, a verdict and a report
+	$(BIN)/python examples/finetuning/demo.py
 
 test: install ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -40,6 +40,9 @@ docs: install ## build the documentation into build/docs
 
 bench: install ## measure each claim beside a bare loop in the same run
 	$(BIN)/python benchmarks
+
+bench-finetuning: install ## measure the claims of vendor–client fine-tuning
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks finetuning
 
 constraints: ## pin the newest versions of everything; run the tests after it
 	rm -rf build/pins

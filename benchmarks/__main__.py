@@ -1,4 +1,4 @@
-"""All benchmarks, one after the other, and one table at the end."""
+"""All benchmarks of a group, one after the other, and one table at the end."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ from pathlib import Path
 from claims import Claim, machine, parser, table
 
 HERE = Path(__file__).parent
-ORDER = ("silo", "device", "sum", "overhead", "import_time", "transport", "latency", "idle", "poc")
+GROUPS = {
+    "runtime": ("silo", "device", "sum", "overhead", "import_time", "transport", "latency", "idle", "poc"),
+    "finetuning": ("finetuning/gate", "finetuning/latency", "finetuning/serving", "finetuning/modes", "finetuning/new_class"),
+}
 
 
 def main() -> None:
-    options = parser(__doc__).parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("group", nargs="?", default="runtime", choices=GROUPS)
+    options = arguments.parse_args()
     failed = []
     with tempfile.TemporaryDirectory() as folder:
         results = options.results or Path(folder) / "results.jsonl"
-        for name in ORDER:
+        for name in GROUPS[options.group]:
             print(f"── {name}", flush=True)
             if subprocess.run([sys.executable, HERE / f"{name}.py", "--results", results]).returncode:
                 failed.append(name)

@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+import yaml
 
 import hanse
 import hanse.client
 import hanse.errors
+import hanse.finetuning
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.name: path.read_text("utf-8") for path in sorted((ROOT / "docs").rglob("*.md"))}
@@ -65,6 +68,23 @@ def test_every_public_name_is_documented() -> None:
 def test_every_setting_is_documented_beside_its_owner() -> None:
     missing = [f"{owner}.{field}" for owner, field in set(settings()) if not set(pages_with(owner)) & set(pages_with(field))]
     assert sorted(missing) == []
+
+
+@pytest.mark.parametrize("owner", ["Project", "Party", "Model", "Schema", "Learning", "Gate"])
+def test_every_setting_of_a_contract_stands_in_its_table_with_its_default(owner: str) -> None:
+    _, _, table = PAGES["finetuning.md"].partition(f"| `{owner}` | default | |\n")
+    documented: list[tuple[str, Any]] = []
+    for names, defaults in re.findall(r"^\| (`.*?) \|(.*?)\|", table.partition("\n\n")[0], re.MULTILINE):
+        settings, said = (re.findall("`(.*?)`", cell) for cell in (names, defaults))
+        documented += zip(settings, map(yaml.safe_load, said) if said else [msgspec.NODEFAULT] * len(settings), strict=True)
+    fields = msgspec.structs.fields(getattr(hanse.finetuning, owner))
+    values = [field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory() for field in fields]
+    expected = [{} if isinstance(value, msgspec.Struct) else value for value in values]  # parts have tables of their own
+    assert documented == [(field.name, value) for field, value in zip(fields, expected, strict=True)]
+
+
+def test_every_name_of_fine_tuning_is_documented() -> None:
+    assert [name for name in hanse.finetuning.__all__ if not pages_with(name)] == []
 
 
 def test_every_recipe_and_filter_is_documented() -> None:

@@ -1,4 +1,4 @@
-"""The job of `make demo`: eight sites, each with a mix of clothes of its own, train one network to tell ten kinds of clothes apart.
+"""Eight sites, each with a mix of clothes of its own, train one network to tell ten kinds of clothes apart.
 
 The pictures are Fashion-MNIST, looked for in $HANSE_DATA, or else in ../shared/data beside the repository. Where they are missing,
 scikit-learn's handwritten digits take their place: fewer and smaller, but as real.

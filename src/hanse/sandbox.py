@@ -2,8 +2,9 @@
 
 A site's training code runs in it, and at the server a job's workflow. Inside there are the system's libraries, the Python that runs the
 code, this package and what is readable, such as the site's data folders; the job's files, read-only; and a work folder, the only place to
-write besides `/tmp`. Namespaces of its own: network (without even a connection to this machine), processes, users, IPC. The folders in
-`hidden`, such as the kit with its keys, are empty in there, even where they lie below something that is visible.
+write besides `/tmp` and what is writable, such as the folders that a site's kit says to keep. Namespaces of its own: network (without even
+a connection to this machine), processes, users, IPC. The folders in `hidden`, such as the kit with its keys, are empty in there, even where
+they lie below something that is visible.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ _WHERE = "import json, sys; from hanse import errors; print(json.dumps([sys.pref
 
 @dataclass(frozen=True, kw_only=True)
 class Sandbox:
-    """What is inside besides the system. python: the interpreter. readable: further files and folders. hidden: what is never visible."""
+    """What is inside besides the system. python: the interpreter. readable: further files and folders. writable: folders, which must be
+    there, whose files stay when the process ends. hidden: what is never visible, whatever it lies in or holds."""
 
     python: str = sys.executable
     readable: Sequence[Path] = ()
+    writable: Sequence[Path] = ()
     hidden: Sequence[Path] = ()
     gpus: bool = False
 
@@ -45,6 +48,7 @@ class Sandbox:
         Raises ConfigError if the interpreter cannot be asked where its files are.
         """
         mounts = {path: ["--ro-bind-try", str(path), str(path)] for path in (*interpreter_paths(self.python), *_absolute(self.readable))}
+        mounts |= {path: ["--bind", str(path), str(path)] for path in _absolute(self.writable)}
         mounts |= {path: ["--tmpfs", str(path)] for path in _absolute(self.hidden)}
         if job is not None:
             mounts[job.absolute()] = ["--ro-bind", str(job.absolute()), str(job.absolute())]

@@ -7,8 +7,11 @@ import asyncio
 import pytest
 from tests.end_to_end.faults import CODE, SITES, Ground, load_app, recipe_of
 from tests.end_to_end.federation import make_template
+from tests.finetuning.run.conftest import base_weights
 
 from hanse.environments import SimEnv
+
+__all__ = ["base_weights", "ground"]
 
 
 @pytest.fixture(scope="session")

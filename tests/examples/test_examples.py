@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
 import runpy
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from hanse import FedAvgRecipe, Run, SimEnv
@@ -159,6 +163,51 @@ def test_a_federation_of_processes_keeps_to_the_sites_policies(tmp_path: Path) -
     assert abs(float(re.findall(r"the slope is \[(.*?)\]", printed)[0]) - 3) < 0.1
     assert [set(metrics) for metrics in run.metrics] == [{"loss"}] * 3
     assert "known of each round: loss\n" in printed
+
+
+def test_fine_tuning_from_init_to_deployment_and_back(tmp_path: Path) -> None:
+    printed = run_example("finetuning/demo.py", tmp_path)
+    (report,) = tmp_path.glob("runs/finetuning-001/acme/runs/*/finetuning.html")
+    assert f"report   {report}" in printed
+    assert "Accepted" in report.read_text("utf-8")
+    run = Run(report.parent)
+    figures = {(event["what"], event["party"]): event for event in run.events("figures")}
+    before, together = figures["base", "north"], figures["candidate", "north"]
+    assert together["eer"] < 0.7 * before["eer"]
+    assert together["hter"] < 0.7 * before["hter"]
+    assert together["eer"] < figures["vendor alone", "north"]["eer"]  # augmentation alone does not repair it
+    assert figures["candidate", "acme"]["hter"] < figures["base", "acme"]["hter"] + 0.02 < figures["client alone", "acme"]["hter"]
+    table = printed[printed.index("EER north") :]
+    assert re.search(rf"together +{together['eer']:.1%} +{together['hter']:.1%} ", table)
+    assert "Accepted: the candidate is not worse by more than the margin." in table
+    assert processes_in(tmp_path) == []
+    for line in re.findall(r"^  hanse (.*)$", printed, re.MULTILINE):  # what it says to try
+        command = [sys.executable, "-m", "hanse.cli.main", *shlex.split(line)]
+        done = subprocess.run(command, cwd=tmp_path / "runs" / "finetuning-001", capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert "rolled back" in done.stdout
+
+
+def test_fine_tuning_leaves_no_process_behind_when_it_is_stopped(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-u", EXAMPLES / "finetuning" / "demo.py"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert any(line.startswith("data check") for line in process.stdout)  # both sites are at it
+        process.send_signal(signal.SIGINT)
+        process.communicate()
+    assert process.returncode == 130
+    assert processes_in(tmp_path) == []
+
+
+def processes_in(folder: Path) -> list[list[str]]:
+    """The command lines of the processes that work in the folder or below."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE and Path(process.cwd()).is_relative_to(folder):
+                found.append(process.cmdline())
+    return found
 
 
 def test_every_example_is_described_and_tested() -> None:

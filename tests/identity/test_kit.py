@@ -98,3 +98,31 @@ def test_a_kit_gives_its_credentials(tmp_path: Path) -> None:
     signer.save(tmp_path / "credentials")
     root.save(tmp_path / "authority")
     assert (kit.credentials(), kit.signer(), kit.authority()) == (mine, signer, root)
+
+
+def test_folders_to_keep_are_relative_to_the_kit(tmp_path: Path) -> None:
+    kit = Kit(**SITE, folder=tmp_path / "kit", keep=["../project", "mine", str(tmp_path / "third")], data=["/srv/images", "images"])
+    assert kit.kept_folders() == [tmp_path / "project", tmp_path / "kit" / "mine", tmp_path / "third"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"keep": ["."]}, "what the site decides by"),
+        ({"keep": [".."]}, "what the site decides by"),
+        ({"keep": ["/"]}, "what the site decides by"),
+        ({"keep": ["state/project"]}, "what the site decides by"),
+        ({"keep": ["credentials"]}, "what the site decides by"),
+        ({"keep": ["mine"], "state": "mine/state"}, "what the site decides by"),
+        ({"keep": ["mine"], "policy": "mine/policy.yaml"}, "what the site decides by"),
+        ({"keep": ["link"]}, "what the site decides by"),
+        ({"keep": ["../project"], "data": ["../project/images"]}, "leave it out"),
+        ({"keep": ["../project", "../project/scores"]}, "leave it out"),
+        ({"keep": ["mine", "mine"]}, "leave it out"),
+    ],
+)
+def test_code_may_not_keep_what_the_site_decides_by(tmp_path: Path, settings: dict[str, Any], says: str) -> None:
+    (tmp_path / "kit" / "credentials").mkdir(parents=True)
+    (tmp_path / "kit" / "link").symlink_to("credentials")
+    with pytest.raises(ConfigError, match=says):
+        Kit(**SITE, folder=tmp_path / "kit", **settings).kept_folders()

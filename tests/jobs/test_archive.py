@@ -124,6 +124,11 @@ def test_the_same_folder_gives_the_same_archive(bundle: Bundle, tmp_path: Path) 
     assert (kinds["model.safetensors"], kinds["code/train.py"]) == (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
+def test_the_same_job_submitted_again_is_another_one(bundle: Bundle, tmp_path: Path) -> None:
+    first, second = (pack(bundle.job, tmp_path / "job.zip", signer=bundle.signer)[0] for _ in range(2))
+    assert first != second  # or a site would take the second, a moment later, for a replay of the first
+
+
 def test_rounds_and_sites_by_default(bundle: Bundle, tmp_path: Path) -> None:
     own = write_job(tmp_path / "own", recipe="workflow", arguments={"arguments": {"rounds": 4}}, workflow={"file": "train.py", "name": "f"})
     without = write_job(tmp_path / "without", recipe="fedeval", arguments={})

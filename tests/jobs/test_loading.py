@@ -125,7 +125,11 @@ def test_a_job_written_by_hand(script: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
-        ({"recipe": "fedsgd"}, ConfigError, r"job.yaml: no recipe 'fedsgd'; there are: cyclic, fedavg, fedeval, fedopt, fedprox, workflow"),
+        (
+            {"recipe": "fedsgd"},
+            ConfigError,
+            r"job.yaml: no recipe 'fedsgd'; there are: cyclic, fedavg, fedeval, fedopt, fedprox, finetune, finetune-delivery, workflow",
+        ),
         ({"arguments": {"rounds": 2, "round": 3}}, ConfigError, "job.yaml: .* no argument 'round'"),
         ({"arguments": {}}, ConfigError, "job.yaml: .*missing 1 required .*'rounds'"),
         ({"arguments": {"rounds": 0}}, ConfigError, "rounds=0: it must be a whole number above 0"),

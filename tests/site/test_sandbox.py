@@ -172,3 +172,46 @@ def test_the_environment_has_nothing_of_the_agents_but_where_programs_are(monkey
     assert found["PATH"] == "/some/bin"
     assert found["HOME"] == found["TMPDIR"] == str(tmp_path)
     assert "TOKEN" not in found
+
+
+KEEPS = """
+from pathlib import Path
+from hanse import App, FLModel
+
+app = App()
+
+@app.train
+def train(model, site):
+    about = {}
+    for name, path in site.config["paths"].items():
+        try:
+            with Path(path).open("a") as file:
+                file.write("x")
+            about[name] = "written"
+        except OSError as error:
+            about[name] = type(error).__name__
+    return FLModel(meta={"examples": 1, **about})
+"""
+
+
+@pytest.mark.usefixtures("sandboxed")
+async def test_a_folder_that_is_kept_can_be_written_and_stays(one_site: OneSite, job_folder: Callable[..., Path], tmp_path: Path) -> None:
+    import msgspec
+
+    kept, beside = tmp_path / "project", tmp_path / "beside"
+    beside.mkdir()
+    paths = {"kept": kept / "file", "beside": beside / "file", "own": one_site.kit.folder / "mine" / "file"}
+    config = {"paths": {name: str(path) for name, path in paths.items()}}
+    write_kit(one_site.kit.folder, msgspec.structs.replace(one_site.kit, config=config, keep=["../project", "mine"]))
+    one_site.policy("sandbox: required\nmeta: {allow: ['*']}\n")
+    await one_site.start()
+    await one_site.take(job_folder(KEEPS))
+    for number in range(2):
+        one_site.server.assign((number, 0), TASK)
+        found = (await one_site.server.update((number, 0))).model.meta
+        assert (found["kept"], found["beside"], found["own"]) == ("written", "FileNotFoundError", "written")
+    one_site.end()
+    one_site.agents[0].terminate()
+    await one_site.agents[0].wait()
+    assert paths["kept"].read_text() == paths["own"].read_text() == "xx"
+    assert not paths["beside"].exists()

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hanse.cli import audit, job, poc, provision, server, site
+from hanse.cli import audit, finetune, job, poc, provision, server, site
 from hanse.errors import ConfigError, HanseError, JobStopped
 
 app = typer.Typer(
@@ -19,7 +19,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_EXTRAS = {"cryptography": "site", "grpc": "site", "sqlalchemy": "server", "aiosqlite": "server", "asyncpg": "postgres", "obstore": "s3"}
+_EXTRAS = {
+    "cryptography": "site", "grpc": "site", "sqlalchemy": "server", "aiosqlite": "server", "asyncpg": "postgres", "obstore": "s3",
+    "torch": "finetuning", "PIL": "finetuning", "starlette": "finetuning", "uvicorn": "finetuning", "pyarrow": "parquet",
+}  # fmt: skip
 """The extra that brings a package which only some commands need."""
 
 Workers = Annotated[int | None, typer.Option(help="Worker processes; default: one for each core. The result does not depend on it.", min=1)]
@@ -90,7 +93,14 @@ def version() -> None:
 
 for command in (provision.provision, provision.token, provision.revoke):
     app.command()(command)
-for name, group in (("server", server.app), ("site", site.app), ("job", job.app), ("poc", poc.app), ("audit", audit.app)):
+for name, group in (
+    ("server", server.app),
+    ("site", site.app),
+    ("job", job.app),
+    ("poc", poc.app),
+    ("audit", audit.app),
+    ("finetune", finetune.app),
+):
     app.add_typer(group, name=name)
 
 

@@ -44,6 +44,33 @@ def start(kit: Annotated[Path, typer.Argument(help="The site's folder, as `hanse
     run_service(run_agent(read_kit(kit), ready=lambda: typer.echo("ready")))
 
 
+@app.command()
+def pause(
+    kit: Annotated[Path, typer.Argument(help="The site's folder.")],
+    why: Annotated[str, typer.Option(help="The reason, for the audit log.")] = "",
+) -> None:
+    """Have this site's agent begin no new task until it is resumed; it stays connected, and what it is at goes on."""
+    import getpass
+
+    from hanse.identity.kit import read_kit
+    from hanse.site.hours import pause as begin_pause
+
+    opened = read_kit(kit)
+    begin_pause(opened, who=getpass.getuser(), why=why)
+    typer.echo(f"{opened.name} is paused. Go on with: hanse site resume {kit}")
+
+
+@app.command()
+def resume(kit: Annotated[Path, typer.Argument(help="The site's folder.")]) -> None:
+    """Have this site's agent begin tasks again."""
+    from hanse.identity.kit import read_kit
+    from hanse.site.hours import resume as end_pause
+
+    opened = read_kit(kit)
+    end_pause(opened)
+    typer.echo(f"{opened.name} is resumed")
+
+
 @app.command("list")
 def list_sites(kit: KitFolder, json: Json = False) -> None:
     """List the sites: which are connected, and what they have."""

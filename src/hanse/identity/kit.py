@@ -34,6 +34,7 @@ class Kit(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_default
     max_running, how many jobs run at once (default: as many as the sites have room for).
     Of a site: policy, a file relative to the kit; resources, what jobs may take (default: all that the machine has);
     config, JSON values for training code; data, the files and folders that training code may read, relative to the kit;
+    keep, folders that it may read and write, made if they are not there, whose files stay when the job ends, relative to the kit;
     python, the interpreter that runs training code (default: the agent's); proxy, the http:// URL of a CONNECT proxy.
     """
 
@@ -54,6 +55,7 @@ class Kit(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_default
     resources: Resources | None = None
     config: dict[str, Any] = {}
     data: list[str] = []
+    keep: list[str] = []
     python: str | None = None
     proxy: str | None = None
     folder: Path = Path()
@@ -65,6 +67,23 @@ class Kit(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_default
     @property
     def policy_file(self) -> Path:
         return self.folder / self.policy
+
+    def kept_folders(self) -> list[Path]:
+        """The folders to keep, absolute, without links.
+
+        Raises ConfigError for one that holds the kit, its state or its policy, or lies in the state or the credentials. So does a folder of
+        `data` or `keep` in another one that is kept: code could put a link to anything in its place.
+        """
+        folders = [(self.folder / path).resolve() for path in self.keep]
+        own = [path.resolve() for path in (self.folder, self.state_folder, self.policy_file)]
+        secret = [path.resolve() for path in (self.state_folder, self.folder / CREDENTIALS, self.folder / AUTHORITY)]
+        for number, folder in enumerate(folders):
+            others = [(self.folder / path).resolve() for path in self.data] + folders[:number] + folders[number + 1 :]
+            if any(path.is_relative_to(folder) for path in own) or any(folder.is_relative_to(path) for path in secret):
+                raise ConfigError(f"{self.folder / KIT}: keep names {folder}, and what the site decides by is there: name another folder")
+            if inside := [path for path in others if path.is_relative_to(folder)]:
+                raise ConfigError(f"{self.folder / KIT}: {inside[0]} lies in {folder}, which is kept: leave it out, it can be read there")
+        return folders
 
     def credentials(self) -> Credentials:
         """What the participant proves itself with. Raises IdentityError."""

@@ -109,7 +109,7 @@ def pack(
             resources=resources or Resources(),
             workflow=job.recipe,
             rounds=_rounds(job),
-            created=datetime.now(UTC).replace(microsecond=0),
+            created=datetime.now(UTC),  # to the microsecond: it tells a job from the same one submitted again
             submitter=signer.identity.name,
         )
         signed = _encoded(manifest)

@@ -13,7 +13,6 @@ import logging
 import os
 import random
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -22,13 +21,14 @@ from pathlib import Path
 import msgspec
 from blake3 import blake3
 
-from hanse.errors import ConfigError, Failure, HanseError, IdentityError, LinkBroken, PolicyRefused, Refused, StorageFull
+from hanse.errors import ConfigError, Failure, HanseError, IdentityError, LinkBroken, Refused, StorageFull
 from hanse.identity.authority import request
 from hanse.identity.certificates import Credentials, Role
 from hanse.identity.kit import CREDENTIALS, Kit
 from hanse.jobs.archive import open_manifest
 from hanse.messages.wire import (
     Assignment,
+    Delivery,
     End,
     FromServer,
     FromSite,
@@ -41,12 +41,15 @@ from hanse.messages.wire import (
     Withdraw,
 )
 from hanse.sandbox import Sandbox
+from hanse.site import admission
 from hanse.site.held_job import COMPLETED, HeldJob, Site
+from hanse.site.hours import Hours
 from hanse.site.kept import Kept, write_whole
 from hanse.site.ledger import Ledger
-from hanse.site.policy import check_offer, read_policy
+from hanse.site.pace import Pace
+from hanse.site.policy import read_policy
 from hanse.site.process import stay_small
-from hanse.transport.client import Client, ControlStream
+from hanse.transport.client import Client, ControlStream, Pacing
 
 AUDIT = "audit.jsonl"
 MANIFESTS = "manifests"
@@ -99,12 +102,18 @@ class Agent:
         self._written = asyncio.Event()
         self._resources = self.kit.resources or machine_resources()
         self._no_sandbox: str | None = None
+        rate = self._policy.caps.bytes_per_second
+        self._up = None if rate is None else Pace(rate).take
+        self._down = None if rate is None else Pace(rate).take
 
     async def run(self) -> None:
         """Connect, and stay connected. On the way out, training processes end and the state stays."""
+        for folder in self.kit.kept_folders():
+            folder.mkdir(parents=True, exist_ok=True)
         (self._state / MANIFESTS).mkdir(parents=True, exist_ok=True)
         with Ledger(self._state / AUDIT) as self._ledger:
             sandbox = await self._try_sandbox()
+            hours = Hours(self._policy.hours(), self._state, self._ledger.append)
             self._site = Site(
                 kit=self.kit,
                 state=self._state,
@@ -113,6 +122,7 @@ class Agent:
                 sandbox=sandbox,
                 post=self._post,
                 client=self._reach,
+                open=hours.open,
             )
             self._ledger.append("start", site=self.kit.name, version=version(), sandbox=sandbox is not None)
             try:
@@ -120,6 +130,7 @@ class Agent:
                     self._load_jobs()
                     self._group.create_task(self._keep_certificate())
                     self._group.create_task(self._sync_ledger())
+                    self._group.create_task(hours.watch())
                     try:
                         await self._stay_connected()
                     finally:
@@ -158,14 +169,15 @@ class Agent:
     async def _converse(self) -> None:
         """One control stream, from Hello until it ends. Raises LinkBroken, or what the server raised."""
         if self._client is None:
-            self._client = Client(self.kit.server, self._credentials, proxy=self.kit.proxy)
+            self._client = Client(self.kit.server, self._credentials, proxy=self.kit.proxy, up=self._up, down=self._down)
         stream = await self._client.control()
         outbox = self._outbox = asyncio.Queue()
         self._post(Hello(version=version(), resources=self._resources, accepted=sorted(self.jobs)))
-        sender = asyncio.create_task(_send(outbox, stream))
+        sender = asyncio.create_task(_send(outbox, stream, self._up))
         try:
             async for message in stream:
                 await self._take(message)
+                await _paced(message, self._down)
         finally:
             self._outbox = None
             sender.cancel()
@@ -253,15 +265,16 @@ class Agent:
         write_whole(path, job.encode())
 
     def _allow(self, offer: Offer, now: datetime | None = None) -> None:
-        """Raises PolicyRefused, IdentityError and what else stands against a job."""
-        manifest, submitter = open_manifest(offer.manifest, offer.signature, self._credentials.roots, now=now)
-        check_offer(self._policy, manifest, submitter)
-        if manifest.sites and self.kit.name not in manifest.sites:
-            raise Refused(f"job {manifest.name!r} is for {', '.join(manifest.sites[:10])}, not for {self.kit.name!r}")
-        if not manifest.resources.fits(self._resources):
-            raise Refused(f"job {manifest.name!r} asks for {manifest.resources}, and this site has {self._resources}")
-        if self._no_sandbox is not None and self._policy.sandbox == "required":
-            raise PolicyRefused(f"this site runs no code without a sandbox, and has none: {self._no_sandbox}", clause="sandbox")
+        """Raises what stands against a job."""
+        admission.allow(
+            offer,
+            kit=self.kit,
+            policy=self._policy,
+            roots=self._credentials.roots,
+            resources=self._resources,
+            no_sandbox=self._no_sandbox,
+            now=now,
+        )
 
     def _load_jobs(self) -> None:
         """The jobs that were here when the agent stopped, or was stopped. Those that the policy no longer allows are left."""
@@ -291,13 +304,7 @@ class Agent:
         """The sandbox for training code; None if there is to be none, or none can be had."""
         if self._policy.sandbox == "off":
             return None
-        readable = [self.kit.folder / path for path in self.kit.data]
-        sandbox = Sandbox(
-            python=self.kit.python or sys.executable,
-            readable=readable,
-            hidden=[self.kit.folder, self._state],
-            gpus=bool(self._resources.gpus),
-        )
+        sandbox = admission.sandbox_of(self.kit, gpus=bool(self._resources.gpus))
         self._no_sandbox = await asyncio.to_thread(sandbox.problem)
         if self._no_sandbox is None:
             return sandbox
@@ -343,11 +350,19 @@ class Agent:
             await client.close()
 
 
-async def _send(outbox: asyncio.Queue[FromSite], stream: ControlStream) -> None:
+async def _send(outbox: asyncio.Queue[FromSite], stream: ControlStream, pace: Pacing | None) -> None:
     """Send what comes, until the stream breaks, which whoever reads it finds out."""
     with contextlib.suppress(HanseError):
         while True:
-            await stream.send(await outbox.get())
+            message = await outbox.get()
+            await _paced(message, pace)
+            await stream.send(message)
+
+
+async def _paced(message: FromSite | FromServer, pace: Pacing | None) -> None:
+    """Returns when a task or an update in the message is within the rate; all else is small."""
+    if pace is not None and isinstance(message, Assignment | Delivery) and message.payload.inline is not None:
+        await pace(len(message.payload.inline))
 
 
 def _renewed(old: Credentials, answer: object) -> Credentials:

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from blake3 import blake3
@@ -22,7 +22,7 @@ from hanse.errors import Failure, HanseError, LinkBroken, PolicyRefused, Refused
 from hanse.identity.kit import Kit
 from hanse.jobs.archive import Manifest, unpack
 from hanse.jobs.bundle import MODEL
-from hanse.messages.codec import decode_task, decode_update, encode_update
+from hanse.messages.codec import Buffer, decode_task, decode_update, encode_update
 from hanse.messages.task import TRAIN, Task, TaskId
 from hanse.messages.update import Update
 from hanse.messages.wire import Blob, Delivery, FromSite, Left, Offer, Output, Payload, TaskRef
@@ -36,7 +36,6 @@ from hanse.site.outgoing import Outgoing
 from hanse.site.policy import Meter, Policy, check_update
 from hanse.site.training import Died, Done, Training
 from hanse.transport.blobs import FolderBlobs, open_file
-from hanse.transport.client import Client
 
 TRIES = 3
 """So many times a task is run whose training process dies."""
@@ -56,11 +55,21 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+class Transfers(Protocol):
+    """What a job needs of the connection: `hanse.transport.client.Client`, or what stands for it where there is none."""
+
+    async def download(self, blob: Blob, blobs: FolderBlobs) -> Path:
+        """Fetch a blob into a folder, verified."""
+
+    async def upload(self, blob: Blob, read: Callable[[int, int], Buffer]) -> None:
+        """Send a blob; `read` gives the bytes at (offset, size)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Site:
     """What an agent's jobs share. sandbox: None if training code runs without one. post: sends a message, if the server can be reached.
 
-    client: the connection, as soon as there is one.
+    client: the connection, as soon as there is one. open: returns when a task may begin.
     """
 
     kit: Kit
@@ -69,7 +78,8 @@ class Site:
     ledger: Ledger
     sandbox: Sandbox | None
     post: Callable[[FromSite], None]
-    client: Callable[[], Awaitable[Client]]
+    client: Callable[[], Awaitable[Transfers]]
+    open: Callable[[], Awaitable[None]]
 
 
 class HeldJob:
@@ -152,6 +162,11 @@ class HeldJob:
             self.stop()
         self._kept.remove()
 
+    async def written(self) -> None:
+        """Wait until all that a new agent would need is on disk."""
+        while self._keeping is not None and not self._keeping.done():
+            await asyncio.wait([self._keeping])
+
     def stop(self) -> None:
         """Stop whatever runs; what is on disk stays."""
         self._stop_tasks()
@@ -167,6 +182,7 @@ class HeldJob:
 
     async def _do(self, ref: TaskRef, payload: Payload) -> None:
         try:
+            await self._patiently(self._site.open)
             self._finished[ref] = outgoing = await self._patiently(lambda: self._outgoing(ref, payload))
             self._deliver(ref)
             self._keep(ref, outgoing)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime, time
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -84,6 +85,10 @@ caps:
   cpu_seconds: null
   wall_seconds_per_task: null
   memory_bytes: null
+  bytes_per_second: null # of all transfers of this site together, each way; at least 65536
+
+# When training may run, every day, in local time, such as "22:00-06:00"; null: always. Outside of it tasks wait; one that runs may finish.
+window: null
 
 # Training code without network, keys and other people's files: required (a job is refused where that cannot be had), preferred (it runs
 # without, and the agent warns), or off.
@@ -118,7 +123,10 @@ class Leaving(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class Caps(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The most that one job may take; None: no limit. Bytes of frames, seconds of all processes of the training code."""
+    """The most that one job may take; None: no limit. Bytes of frames, seconds of all processes of the training code.
+
+    bytes_per_second: of all the site's transfers together, each way. One that is slower than 64 KiB a second would be taken for broken.
+    """
 
     rounds: Whole | None = None
     upload_bytes: Whole | None = None
@@ -126,6 +134,32 @@ class Caps(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     cpu_seconds: Seconds | None = None
     wall_seconds_per_task: Seconds | None = None
     memory_bytes: Annotated[int, msgspec.Meta(gt=0)] | None = None
+    bytes_per_second: Annotated[int, msgspec.Meta(ge=64 << 10)] | None = None
+
+
+class Window(NamedTuple):
+    """A part of every day, in local time; it may go past midnight. `begin` is in it, `end` is not."""
+
+    begin: time
+    end: time
+
+    @classmethod
+    def parse(cls, text: str) -> Window:
+        """What "22:00-06:00" stands for. Raises ValueError."""
+        begin, _, end = text.partition("-")
+        window = cls(*(datetime.strptime(part.strip(), "%H:%M").time() for part in (begin, end)))
+        if window.begin == window.end:
+            raise ValueError("it begins when it ends")
+        return window
+
+    def holds(self, moment: time) -> bool:
+        """Whether the time of day is in it."""
+        if self.begin < self.end:
+            return self.begin <= moment < self.end
+        return moment >= self.begin or moment < self.end
+
+    def __str__(self) -> str:
+        return f"{self.begin:%H:%M} to {self.end:%H:%M}"
 
 
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -140,10 +174,19 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     logs: bool = False
     filters: tuple[dict[str, Any], ...] = ()
     caps: Caps = Caps()
+    window: str | None = None
     sandbox: SandboxMode = "required"
 
     def __post_init__(self) -> None:
         self.site_filters()
+        self.hours()
+
+    def hours(self) -> Window | None:
+        """When training may run; None for always. Raises ConfigError if `window` does not say."""
+        try:
+            return None if self.window is None else Window.parse(self.window)
+        except ValueError as error:
+            raise ConfigError(f'window is {self.window!r}: write it as "22:00-06:00", in quotation marks ({error})') from error
 
     def site_filters(self) -> list[Filter]:
         """The filters for every update that leaves, in order."""

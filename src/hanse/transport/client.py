@@ -34,6 +34,7 @@ from hanse.transport.calls import (
 from hanse.transport.receiving import Receiver
 
 T = TypeVar("T")
+Pacing = Callable[[int], Awaitable[None]]
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.2, 15.0
 
 logger = logging.getLogger(__name__)
@@ -44,12 +45,22 @@ class Client:
 
     address: "host:port", the host as the server's certificate names it, an IPv6 address in brackets.
     proxy: the URL of an HTTP CONNECT proxy, "http://user:password@host:port". Environment variables are not asked.
+    up, down: awaited with the size of each piece of a blob, before it is sent or after it came: they can hold a transfer to a rate.
 
     Each method raises LinkBroken if the connection cannot be made or breaks, and else the very error that the server raised.
     """
 
-    def __init__(self, address: str, credentials: Credentials, *, proxy: str | None = None, limits: Limits = LIMITS) -> None:
-        self.address, self._credentials, self._limits = address, credentials, limits
+    def __init__(
+        self,
+        address: str,
+        credentials: Credentials,
+        *,
+        proxy: str | None = None,
+        limits: Limits = LIMITS,
+        up: Pacing | None = None,
+        down: Pacing | None = None,
+    ) -> None:
+        self.address, self._credentials, self._limits, self._up, self._down = address, credentials, limits, up, down
         through = ("grpc.http_proxy", proxy) if proxy else ("grpc.enable_http_proxy", 0)
         tls = grpc.ssl_channel_credentials(credentials.roots, credentials.key, credentials.certificate)
         self._channel = grpc.aio.secure_channel(f"dns:///{address}", tls, options=(*CLIENT_OPTIONS, through))
@@ -101,6 +112,8 @@ class Client:
                 with self._errors(), _ended(call) as stream:
                     while (chunk := await self._moving(stream.read())) is not grpc.aio.EOF:
                         await receiver.write(chunk)
+                        if self._down is not None:
+                            await self._down(len(chunk))
                         patience.renew()
             return await receiver.finish()
 
@@ -111,6 +124,8 @@ class Client:
                 offset = decode_position(_some(await self._moving(stream.read()))).offset
                 while offset < blob.size:
                     chunk = bytes(read(offset, min(CHUNK_BYTES, blob.size - offset)))
+                    if self._up is not None:
+                        await self._up(len(chunk))
                     await self._moving(stream.write(chunk))
                     offset += len(chunk)
                     patience.renew()
