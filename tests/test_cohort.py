@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hanse.aggregation.aggregator import Aggregator
 from hanse.aggregation.mean import WeightedMean
 from hanse.app import Site
-from hanse.cohort import Best, Cohort, fold_group, group_by_rank, group_count
+from hanse.cohort import Best, Cohort, fold_group, group_by_rank, group_of, group_starts
 from hanse.errors import ConfigError, Failure, TooFewUpdates
 from hanse.filters import CastTo, ClipNorm, Exclude, Filters, GaussianNoise
 from hanse.messages.flmodel import FLModel
@@ -146,9 +146,11 @@ async def test_draws_hang_on_the_seed_and_the_number_of_commits(bench: Open) -> 
 def test_groups_are_set_by_rank_in_the_roster() -> None:
     ranks = {f"s{rank:03}": rank for rank in range(130)}
     assert group_by_rank({"b": 1, "a": 0, "c": 2}, 3) == (("a",), ("b",), ("c",))
-    assert [len(group) for group in group_by_rank(ranks, 130)[:3]] == [5, 4, 4]  # 32 · rank ÷ 130
+    assert [len(group) for group in group_by_rank(ranks, 130)] == [8] * 9 + [7, 6, 5, 5, 4, 3, 3, 3, 2, 2, 2, 2, 1, 1] + [1] * 12
     assert group_by_rank({"s009": 9, "s001": 1, "s000": 0}, 130) == (("s000", "s001"), ("s009",))
-    assert [group_count(roster) for roster in (8, 64, 65, 2048, 6400, 1_000_000)] == [8, 64, 32, 32, 100, 256]
+    assert [group_starts(roster)[1] for roster in (8, 64, 65, 1024, 6400, 1_000_000)] == [1, 1, 4, 64, 64, 3906]
+    assert [len(group_starts(roster)) for roster in (8, 64, 65, 1000, 1_000_000)] == [8, 64, 30, 51, 322]
+    assert (group_of(0, 130), group_of(8, 130), group_of(129, 130)) == (0, 1, 34)
     assert group_by_rank({"s001": 1, "s000": 0}, 130, single=True) == (("s000",), ("s001",))
 
 
@@ -157,7 +159,7 @@ def test_a_samples_groups_are_parts_of_the_rosters(roster: int, data: st.DataObj
     sampled = data.draw(st.lists(st.integers(0, roster - 1), unique=True, min_size=1))
     everyone = group_by_rank({str(rank): rank for rank in range(roster)}, roster)
     groups = group_by_rank({str(rank): rank for rank in sampled}, roster)
-    assert len(everyone) == group_count(roster)
+    assert len(everyone) == len(group_starts(roster))
     assert [site for group in groups for site in group] == [str(rank) for rank in sorted(sampled)]
     places = [next(number for number, group in enumerate(everyone) if set(part) <= set(group)) for part in groups]
     assert places == sorted(set(places))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from bisect import bisect_right
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -277,20 +279,33 @@ class Cohort:
         self._journal.progress(tally.good + len(tally.failures), tally.asked)
 
 
-def group_count(roster: int) -> int:
-    """Into how many groups so many sites are split. Each is folded by itself: few make little to merge, many keep many workers busy.
+@cache
+def group_starts(roster: int) -> tuple[int, ...]:
+    """The first rank of each group that so many sites are split into. A group is folded by itself: few leave little to merge, many keep
+    many workers busy, and small ones at the end let all workers end together.
 
-    Up to 64 sites, each is a group; of more, 64 sites make one, with at least 32 groups and at most 256.
+    Up to 64 sites, each is a group. Of more, 64 make one, but no less than 1/256 and no more than 1/16 of all; towards the end a group is
+    an eighth of those that are left.
     """
-    return roster if roster <= 64 else min(max(32, roster // 64), 256)
+    if roster <= 64:
+        return tuple(range(roster))
+    widest, starts, rank = roster // min(max(16, roster // 64), 256), [], 0
+    while rank < roster:
+        starts.append(rank)
+        rank += max(1, min(widest, (roster - rank) // 8))
+    return tuple(starts)
+
+
+def group_of(rank: int, roster: int) -> int:
+    """The number of the group that the site of this rank is in."""
+    return bisect_right(group_starts(roster), rank) - 1
 
 
 def group_by_rank(ranks: Mapping[str, int], roster: int, *, single: bool = False) -> tuple[tuple[str, ...], ...]:
     """The sites by rank, in groups that depend on their ranks in the roster alone. `single`: one site a group."""
-    count = group_count(roster)
     groups: dict[int, list[str]] = {}
     for site, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        groups.setdefault(rank if single else rank * count // roster, []).append(site)
+        groups.setdefault(rank if single else group_of(rank, roster), []).append(site)
     return tuple(tuple(group) for group in groups.values())
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,36 @@ def test_a_private_mapping_becomes_tensors_without_a_copy(tmp_path: Path) -> Non
     shared["w"] = shared["w"][:4]
     assert good(do(running(train_by_copy, framework="torch"), shared, private=private)).params["w"].tolist() == [2, 2, 2, 2]
     assert len(mapped) == 3  # a small model is copied
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda w: w.add_(1),
+        lambda w: w.data.add_(1),
+        lambda w: w.detach().numpy().__iadd__(1),
+        lambda w: np.from_dlpack(w).__iadd__(1),
+        lambda w: w.view(2, 2)[1].add_(1),
+        lambda w: ctypes.memset(w.data_ptr(), 1, 4),
+    ],
+)
+def test_what_one_site_writes_reaches_no_other(write: Callable[[Any], object]) -> None:
+    pytest.importorskip("torch")
+    shared, seen = {"w": np.zeros(4, np.float32)}, []
+
+    def train(model: FLModel, site: Site) -> FLModel:
+        seen.append(model.params["w"].tolist())
+        kept.append(model.params["w"])
+        write(model.params["w"])
+        assert model.params["w"].tolist() != seen[-1]
+        return FLModel(model.params)
+
+    kept: list[Any] = []
+    runner = running(train, framework="torch")
+    for site in range(3):
+        assert good(do(runner, shared, site=site)).params["w"].any()
+    assert seen == [[0.0] * 4] * 3
+    assert not shared["w"].any()
 
 
 def train_by_copy(model: FLModel, site: Site) -> FLModel:

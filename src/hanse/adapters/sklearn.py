@@ -30,6 +30,9 @@ class SklearnAdapter:
     def from_array(self, array: Array) -> Array:
         return array
 
+    def twin(self, tensor: Array) -> Array:
+        return tensor
+
     def seed(self, seed: int) -> None:
         """It draws from NumPy's global generator, which is seeded anyway."""
 

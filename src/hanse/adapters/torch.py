@@ -48,15 +48,22 @@ class TorchAdapter:
     def from_array(self, array: Array) -> Any:
         if not array.dtype.isnative:
             array = array.astype(array.dtype.newbyteorder("="))
-        elif not array.flags.writeable or any(stride < 0 for stride in array.strides):  # torch knows neither
+        elif any(stride < 0 for stride in array.strides):  # torch does not know them
             array = array.copy()
+        make = torch.from_numpy if array.flags.writeable else torch.tensor  # which copies
         if foreign := _FROM_ARRAY.get(array.dtype):
             integer, dtype = foreign
-            return torch.from_numpy(array.view(integer)).view(dtype)
+            return make(array.view(integer)).view(dtype)
         try:
-            return torch.from_numpy(array)
+            return make(array)
         except TypeError as error:
             raise ConfigError(f"an array of dtype {array.dtype} has no form as a tensor: {error}") from error
+
+    def twin(self, tensor: torch.Tensor) -> torch.Tensor:
+        try:
+            return tensor._lazy_clone()  # torch copies before the first write, even one by `.data`, `numpy()` or a raw pointer
+        except RuntimeError:  # memory that is not torch's own
+            return tensor.clone()
 
     def seed(self, seed: int) -> None:
         if torch.cuda.is_initialized() or torch.backends.mps.is_available():  # type: ignore[no-untyped-call]

@@ -39,6 +39,9 @@ class Adapter(Protocol):
     def from_array(self, array: Array) -> Any:
         """An array as a tensor. It shares the memory of an array that may be written, and copies one that is read-only."""
 
+    def twin(self, tensor: Any) -> Any:
+        """A tensor of the same numbers that may be written without changing `tensor`; copied no sooner than that, if the framework can."""
+
     def seed(self, seed: int) -> None:
         """Seed the framework's own generators; 0 ≤ seed < 2⁶⁴."""
 
@@ -110,6 +113,14 @@ def from_arrays(params: Any, framework: str | None) -> Any:
         return map_leaves(lambda leaf: leaf, params)
     adapter = load_adapter(framework)
     return map_leaves(lambda leaf: adapter.from_array(leaf) if isinstance(leaf, np.ndarray) else leaf, params)
+
+
+def twins(params: Any, framework: str | None) -> Any:
+    """`params` of `framework` with every tensor's `Adapter.twin`; arrays stay as they are. Containers are new."""
+    if framework is None:
+        return map_leaves(lambda leaf: leaf, params)
+    adapter = load_adapter(framework)
+    return map_leaves(lambda leaf: leaf if adapter_for(leaf) is None else adapter.twin(leaf), params)
 
 
 def map_leaves(change: Callable[[Any], Any], params: Any) -> Any:

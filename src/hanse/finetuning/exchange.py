@@ -18,7 +18,7 @@ from blake3 import blake3
 from hanse.cohort import Cohort
 from hanse.errors import Refused
 from hanse.finetuning.contract import Project
-from hanse.finetuning.points import Arrays, checked, decode_change, digest_of, merged, moved
+from hanse.finetuning.points import Arrays, checked, decode_change, digest_of, merged, moved, norm
 from hanse.messages.codec import encode
 from hanse.messages.flmodel import FLModel
 from hanse.messages.params import flatten
@@ -110,6 +110,7 @@ class Run:
         self._cohort, self._project, self._learning = cohort, project, project.learning
         self._vendor, self._client = project.vendor.site, project.client(client).site
         self._threshold = threshold
+        self._contract = self._project.digest
         self.base = ""
         self.metrics: dict[str, float] = {}
 
@@ -339,7 +340,7 @@ class Run:
         """Each site's answer; what crossed is noted, with each tensor that left."""
         down = _bytes(model)
         answers: dict[str, FLModel] = {}
-        asked = Task(task, model, {"contract": self._project.digest, "base": self.base, "client": self._client, **config})
+        asked = Task(task, model, {"contract": self._contract, "base": self.base, "client": self._client, **config})
         async for update in self._cohort.ask(asked, of=sites):
             if update.failure is None:
                 if not update.model.metrics.get("lacks"):
@@ -379,7 +380,7 @@ def left(model: FLModel) -> list[dict[str, Any]]:
             "name": name,
             "shape": list(array.shape),
             "dtype": array.dtype.name,
-            "norm": float(np.linalg.norm(array.astype(np.float64).reshape(-1))) if array.dtype.kind in "fiu" else None,
+            "norm": norm(array) if array.dtype.kind in "fiu" else None,
             "digest": blake3(np.ascontiguousarray(array).tobytes()).hexdigest(),
         }
         for name, array in flatten(model.params)[0].items()

@@ -33,7 +33,7 @@ from hanse.finetuning.versions import Versions
 from hanse.messages.codec import read, write
 from hanse.messages.flmodel import FLModel, ParamsType
 from hanse.seeds import generator
-from hanse.site.ledger import Ledger
+from hanse.site.ledger import Ledger, Place
 from hanse.statistics.error_rates import eer
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class Party:
                 f"{folder} has another contract, {self.project.digest}, than this run, {contract}.",
                 hint="All parties must have the same project.yaml: have the vendor send it again.",
             )
+        self._left = Place()
         self.is_vendor = site == self.project.vendor.site
         self._points, self._residuals = folder / "exchange" / "points", folder / "exchange" / "residuals"
         for path in (self._points, self._residuals):
@@ -224,8 +225,9 @@ class Party:
 
     def left(self, site: Site, task: str, answer: FLModel) -> None:
         """Write down what leaves with an answer."""
-        with Ledger(self.folder / "exchange" / "left.jsonl") as ledger:
+        with Ledger(self.folder / "exchange" / "left.jsonl", since=self._left) as ledger:
             ledger.append("left", job=site.job_id, task=task, tensors=left(answer), metrics=dict(answer.metrics))
+            self._left = ledger.end
 
 
 def _hex(digest: str) -> str:

@@ -6,6 +6,7 @@ machines agree on each bit; a party's own arithmetic, in PyTorch, shows only in 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,6 +58,11 @@ def moved(arrays: Arrays, change: Arrays) -> dict[str, Array]:
     if arrays.keys() != change.keys() or any(arrays[name].shape != change[name].shape for name in arrays):
         raise UpdateRejected("a difference came that is not of this model: its tensors have other names or shapes")
     return {name: np.asarray(array + change[name]) for name, array in arrays.items()}
+
+
+def norm(array: Array) -> float:
+    """The L2 norm, in float64. Not by BLAS, whose idle threads take a core for a while after each call."""
+    return math.sqrt(np.square(array, dtype=np.float64).sum())
 
 
 def checked(arrays: Any, like: Arrays) -> Arrays:

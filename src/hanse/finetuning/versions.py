@@ -29,6 +29,7 @@ from hanse.finetuning.decisions import Decision, Digest, Moment, Signed, Stateme
 from hanse.finetuning.evidence import Evidence, Outcome, read_evidence, signed_by
 from hanse.finetuning.files import write_whole
 from hanse.finetuning.history import History, State
+from hanse.finetuning.points import norm
 from hanse.finetuning.version_file import CODE, EVIDENCE, VERSION, WEIGHTS, is_signature, pack, unpack
 from hanse.identity.signatures import Signer
 from hanse.messages.codec import read, write
@@ -194,7 +195,7 @@ class Versions:
         code = difflib.unified_diff(lines[0], lines[1], a.digest, b.digest, lineterm="")
         old, new = self.params(a), self.params(b)
         both = [name for name in old if name in new and old[name].shape == new[name].shape]
-        tensors = {name: (_norm(new[name].astype(np.float64) - old[name]), _norm(old[name])) for name in both}
+        tensors = {name: (norm(new[name].astype(np.float64) - old[name]), norm(old[name])) for name in both}
         return Diff(changed, "\n".join(code), tensors, sorted({*old, *new} - {*both}))
 
     # ------------------------------------------------------------------------------------------------------------------- decisions
@@ -486,10 +487,6 @@ def _outcome(evidence: Evidence | None) -> Outcome | None:
     if evidence.passes:
         return "accepted"
     return "rejected" if evidence.human else evidence.outcome
-
-
-def _norm(array: Array) -> float:
-    return float(np.linalg.norm(array.astype(np.float64).reshape(-1)))
 
 
 def _digest(data: bytes) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from hanse.aggregation.aggregator import Aggregator
 from hanse.client.script import Script
-from hanse.cohort import fold_group, group_count
+from hanse.cohort import fold_group, group_of
 from hanse.errors import Failure, LinkBroken
 from hanse.jobs.parts import describe_part
 from hanse.messages.codec import decode, decode_update, encode_task
@@ -172,9 +172,9 @@ class SimulatedSites:
         return asking
 
     def _lane(self, site: str) -> int:
-        """The worker a scripted site lives in: by its group in the roster, so that a group is never split."""
-        total = len(self.roster)
-        return self.roster.index(site) * group_count(total) // total % self._count
+        """The worker a scripted site lives in: by its group in the roster, so that none is split; to and fro, since groups shrink."""
+        there_and_back = group_of(self.roster.index(site), len(self.roster)) % (2 * self._count)
+        return min(there_and_back, 2 * self._count - 1 - there_and_back)
 
     def _through(self, asking: _Asking, group: int, body: Body | None) -> None:
         if body is not None:

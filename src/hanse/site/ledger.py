@@ -46,6 +46,14 @@ class Head:
         return cls(int(lines), digest)
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A line's end in a ledger: the head there, and the byte."""
+
+    head: Head = Head()
+    byte: int = 0
+
+
 class _Own(msgspec.Struct):
     """What every line has; the facts stand beside it. n counts from 0; previous is the digest of the line before, without its line end."""
 
@@ -61,10 +69,11 @@ class Ledger:
     What a crash left is put in order first, and that is itself written down: a last line that was cut off in the middle is removed (kind
     `cut`); lines that the head counts and that are gone are noted (kind `lost`) with the head there was. A power cut before `sync` can
     do that, and so can somebody who removes them.
+    since: up to where the caller knows the chain to be good, which is not read again, as `end` gave it.
     Raises WireError for all else that is wrong, as nothing is added to a broken chain, and ConfigError if another process writes it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, since: Place = Place()) -> None:
         self.path, self.head = path, Head()
         self._lock = threading.Lock()
         self._encode = msgspec.json.Encoder().encode
@@ -79,7 +88,7 @@ class Ledger:
                 raise ConfigError(f"{path} is written by another process: stop that one first") from error
             except OSError as error:
                 raise ConfigError(f"the audit log {path} cannot be written: {error.strerror}") from error
-            self._recover()
+            self._recover(since)
             opened.pop_all()
 
     def append(self, kind: str, **facts: Any) -> None:
@@ -100,6 +109,11 @@ class Ledger:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self.head = _after(self.head, line)
             self._write_head()
+
+    @property
+    def end(self) -> Place:
+        """Where it ends now."""
+        return Place(self.head, os.fstat(self._log.fileno()).st_size)
 
     def sync(self) -> None:
         """What was appended is on the disk when this returns: a power cut cannot take it back."""
@@ -130,12 +144,13 @@ class Ledger:
                 hint="Make room: a site does nothing that it cannot write down.",
             ) from error
 
-    def _recover(self) -> None:
+    def _recover(self, since: Place) -> None:
         noted = self._head_file.read(_HEAD_BYTES)
         expected = _read_head(self.path, noted) if noted else Head()
         with _opened(self.path) as log:
-            self.head, end = _follow(self.path, log, expected)
-            torn = os.fstat(log.fileno()).st_size - end
+            size = os.fstat(log.fileno()).st_size
+            self.head, end = _follow(self.path, log, expected, since=since if size >= since.byte else Place())
+            torn = size - end
         if not noted and (self.head.lines or torn):
             raise _no_head(self.path)
         with self._room():
@@ -209,9 +224,10 @@ def _opened(path: Path) -> BinaryIO:
         raise ConfigError(f"{path}: {error.strerror}") from error
 
 
-def _lines(path: Path, log: BinaryIO) -> Iterator[tuple[bytes, Head, int]]:
+def _lines(path: Path, log: BinaryIO, since: Place = Place()) -> Iterator[tuple[bytes, Head, int]]:
     """Each line, the head after it, the byte where it ends; a last line that does not end is left out. Raises WireError, see `read`."""
-    head, end = Head(), 0
+    head, end = since.head, since.byte
+    log.seek(end)
     for line in log:
         if not line.endswith(b"\n"):
             return
@@ -228,10 +244,10 @@ def _lines(path: Path, log: BinaryIO) -> Iterator[tuple[bytes, Head, int]]:
         yield text, head, end
 
 
-def _follow(path: Path, log: BinaryIO, *heads: Head) -> tuple[Head, int]:
+def _follow(path: Path, log: BinaryIO, *heads: Head, since: Place = Place()) -> tuple[Head, int]:
     """Where the ledger ends, and at which byte. Raises WireError if the chain is broken or does not go through the heads."""
-    head, end, start = Head(), 0, 0
-    for _, head, end in _lines(path, log):
+    head, end, start = since.head, since.byte, since.byte
+    for _, head, end in _lines(path, log, since):
         if any(each.lines == head.lines and each.digest != head.digest for each in heads):
             raise WireError(f"{path}, line {head.lines} was altered: the head has another digest for it", offset=start)
         start = end

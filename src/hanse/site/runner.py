@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from hanse.app import MAX_STATE_BYTES, App, Site
-from hanse.client.framework import from_arrays, load_adapter, map_leaves, number, seed_all, to_arrays
+from hanse.client.framework import from_arrays, load_adapter, map_leaves, number, seed_all, to_arrays, twins
 from hanse.client.script import Script
 from hanse.client.session import SiteInfo
 from hanse.errors import ConfigError
@@ -25,7 +25,7 @@ from hanse.site.failure import failure_of
 from hanse.site.output import Output, Sink
 from hanse.site.script import Ending, ScriptHost
 
-_PRIVATE_FROM_BYTES = 32 << 20  # below, a copy is made sooner than a mapping
+_PRIVATE_FROM_BYTES = 32 << 20  # below, a mapping for each site costs more than a copy for all
 
 
 class SiteRunner:
@@ -34,8 +34,9 @@ class SiteRunner:
     code: functions, or a script. framework: whose tensors the code gets (None: NumPy arrays). sink: takes each line that the code prints.
 
     What sites share: the arrays of a task. NumPy code gets read-only views of them; a framework's tensors can be written, so each site gets
-    its own, by a copy or as `run` says. What they do not share: random numbers. Every global generator is seeded for site and task before
-    the code runs, so the same task done again, here or in another process, gives the same bits.
+    its own, as twins of the task's tensors that are copied when written, or as `run` says. What they do not share: random numbers. Every
+    global generator is seeded for site and task before the code runs, so the same task done again, here or in another process, gives the
+    same bits.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class SiteRunner:
         self._filters = Filters() if filters is None else filters
         self._framework = framework
         self._output = Output(sink)
+        self._tensors: tuple[Any, Any] | None = None
         if framework:
             load_adapter(framework)  # and with it the framework, so that it is seeded for the first site too
         self._code = code if isinstance(code, App) else ScriptHost(code, self._output)
@@ -65,7 +67,7 @@ class SiteRunner:
         try:
             shared = _shared(task.model)
             reference = _shared(self._filtered("site_in", shared, shared, info, streams))
-            given = self._given(reference, None if self._filters.site_in else private)
+            given = self._given(task.model, reference, private)
             seed = seed_for(info.seed, "train", *streams)
             if isinstance(self._code, App):
                 answer = self._call(self._code, info, replace(task, model=given), seed, streams, state, records)
@@ -84,11 +86,21 @@ class SiteRunner:
         self._output.close()
         return endings
 
-    def _given(self, model: FLModel, private: Callable[[], FLModel] | None) -> FLModel:
-        """The model as the code gets it: it may change every container in it."""
-        source = model if private is None or self._framework is None or _size_bytes(model) < _PRIVATE_FROM_BYTES else private()
-        meta, metrics = dict(model.meta), dict(model.metrics)
-        return replace(model, params=from_arrays(source.params, self._framework), meta=meta, metrics=metrics, optimizer_params={})
+    def _given(self, model: FLModel, reference: FLModel, private: Callable[[], FLModel] | None) -> FLModel:
+        """The model as the code gets it, which may change every container in it: `reference`, what the filters made of the task's model."""
+        if self._framework is None or self._filters.site_in:
+            params = from_arrays(reference.params, self._framework)
+        elif private is None or _size_bytes(model) < _PRIVATE_FROM_BYTES:
+            params = twins(self._tensors_of(model), self._framework)
+        else:
+            params = from_arrays(private().params, self._framework)
+        return replace(reference, params=params, meta=dict(reference.meta), metrics=dict(reference.metrics), optimizer_params={})
+
+    def _tensors_of(self, model: FLModel) -> Any:
+        """A model's params as tensors, made once for all sites that are given the same params one after another."""
+        if self._tensors is None or self._tensors[0] is not model.params:
+            self._tensors = model.params, from_arrays(_shared(model).params, self._framework)
+        return self._tensors[1]
 
     def _call(
         self, app: App, info: SiteInfo, task: Task, seed: int, streams: tuple[object, ...], state: dict[str, Any], records: list[Record]
