@@ -15,7 +15,7 @@ from hanse.cohort import Best
 from hanse.errors import ConfigError
 from hanse.messages.codec import read
 from hanse.messages.flmodel import FLModel
-from hanse.server.run_folder import RunFolder, open_run
+from hanse.server.run_folder import MAPPED_FROM_BYTES, RunFolder, open_run
 
 Open = Callable[[], RunFolder]
 
@@ -223,3 +223,43 @@ with RunFolder(Path({str(tmp_path)!r}), {{}}, listen=print, progress=print).held
     assert f"another process is running in {tmp_path}" in refused.stderr
     assert subprocess.run([sys.executable, "-c", other]).returncode == 0
     assert not (tmp_path / ".lock").exists()
+
+
+def test_a_large_commit_is_written_over_an_earlier_one_unless_that_is_still_mapped(folder: Open, tmp_path: Path) -> None:
+    run, spare = folder(), tmp_path / ".commit-spare.safetensors"
+    elements = MAPPED_FROM_BYTES // 4
+
+    def commit(round: int) -> FLModel:
+        return run.commit(FLModel({"w": np.full(elements - round, round, np.float32)}, current_round=round))
+
+    files = []
+    mapped = commit(0)
+    for round in range(1, 6):
+        files.append((tmp_path / "commit.safetensors").stat().st_ino)
+        mapped = commit(round)
+        assert mapped.params["w"].size == elements - round
+    assert files[2:4] == files[:2]
+    kept = mapped
+    for round in (6, 7, 8):
+        mapped = commit(round)
+        assert (kept.params["w"] == 5).all()
+    assert (mapped.params["w"] == 8).all()
+    assert mapped.params["w"].size == elements - 8
+    assert spare.is_file()
+    run.finish("completed")
+    assert not spare.exists()
+
+
+def test_a_spare_that_was_being_written_is_no_commit(folder: Open, tmp_path: Path) -> None:
+    run = folder()
+    run.commit(model(0))
+    for name in (".commit-spare.safetensors", ".commit.safetensors.part"):
+        (tmp_path / name).write_bytes(b"half of it")
+    restored = folder().resume()
+    assert restored is not None
+    assert restored[0].params["w"].tolist() == [0, 0]
+    assert not (tmp_path / ".commit-spare.safetensors").exists()
+    again = folder()
+    again.resume()
+    again.commit(model(1))
+    assert read(tmp_path / "commit.safetensors")[0].params["model"]["w"].tolist() == [1, 1]

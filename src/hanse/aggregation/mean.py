@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +37,8 @@ class WeightedMean:
         "examples" or "steps": that number, which must be there. "equal": all count the same.
         A mapping: the weight of each site by name.
         A weight lies between 1e-30 and 1e30. Zero is rejected: a site without data has nothing to add.
-    threads: how many share the adding of large tensors. The result has the same bits for any number.
+    threads: how many share the adding of large tensors; None: OMP_NUM_THREADS, else one a core. The result has the same bits for any
+        number.
 
     Names and shapes of an update are those of the reference; its dtypes too, or floats of another width. It may leave
     out the names it lists in `meta["excluded"]`: each name's mean is over the sites that sent it. It may send the tensors of a nested
@@ -51,14 +53,16 @@ class WeightedMean:
     Metrics are averaged with the same weights, in float64. A value that is not finite (an AUC over one class) is left out of its mean.
     """
 
-    def __init__(self, by: Literal["examples", "steps", "equal"] | Mapping[str, float] | None = None, *, threads: int = 1) -> None:
+    def __init__(
+        self, by: Literal["examples", "steps", "equal"] | Mapping[str, float] | None = None, *, threads: int | None = None
+    ) -> None:
         if isinstance(by, Mapping):
             for site, weight in by.items():
                 if not _is_weight(weight):
                     raise ConfigError(f"the weight of site {site!r} is {weight!r}: it must be a number from {LEAST} to {GREATEST}")
         elif by not in (None, "examples", "steps", "equal"):
             raise ConfigError(f'by is {by!r}: it must be "examples", "steps", "equal", None or a mapping of sites to weights')
-        if threads < 1:
+        if threads is not None and threads < 1:
             raise ConfigError(f"threads is {threads}: it must be at least 1")
         self.by = by
         self.threads = threads
@@ -242,9 +246,10 @@ class WeightedMean:
 
     def _share(self, function: Callable[..., bool], jobs: Sequence[tuple[Any, ...]]) -> bool:
         """Whether `function` is true of all jobs; does all of them, on several threads if that is worth it."""
-        if self.threads == 1 or sum(job[0].size for job in jobs) <= PIECE:
+        threads = self.threads or _default_threads()
+        if threads == 1 or sum(job[0].size for job in jobs) <= PIECE:
             return all([function(*job) for job in jobs])  # a list, so that none is left undone
-        with ThreadPoolExecutor(self.threads) as pool:
+        with ThreadPoolExecutor(threads) as pool:
             return all(pool.map(lambda job: function(*job), jobs))
 
 
@@ -421,6 +426,14 @@ def free_memory() -> None:
 
 def _pieces(array: Array, elements: int) -> list[slice]:
     return [slice(low, low + elements) for low in range(0, array.size, elements)]
+
+
+def _default_threads() -> int:
+    """As many as a process computes with."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isdecimal() and int(wanted):
+        return int(wanted)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache

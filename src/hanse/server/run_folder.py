@@ -10,19 +10,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from hanse.cohort import Best
 from hanse.errors import ConfigError, NotInstalled
 from hanse.jobs.bundle import digest, digests, job_file, versions
 from hanse.jobs.recipe import Recipe
-from hanse.messages.codec import read, write
+from hanse.messages.codec import decode, read, write
 from hanse.messages.flmodel import FLModel
 from hanse.server.report import write_report
+from hanse.transport.blobs import map_file, take_over
 from hanse.transport.courier import Roster
 
 RUN, EVENTS, COMMIT, MODEL, BEST = "run.json", "metrics.jsonl", "commit.safetensors", "model.safetensors", "best.safetensors"
-EARLIER = "commit-before.safetensors"
+EARLIER, SPARE = "commit-before.safetensors", ".commit-spare.safetensors"
 MAPPED_FROM_BYTES = 32 << 20
 """A committed model of this size goes on as a mapping of its file, so that it is not in memory twice while the next one is summed."""
 
@@ -32,9 +33,10 @@ States = Mapping[str, bytes]
 class RunFolder:
     """Writes one run. Events are written out with each commit, so the folder always tells of committed rounds, and of an end.
 
-    A commit is one file, `commit.safetensors`, written whole before the one before it (`commit-before.safetensors` meanwhile) is gone: the
-    model with the server optimizer's moments, how many commits there were, the best so far, the sites' states, and how long
-    `metrics.jsonl` was. It survives `kill -9` of the process, though not a loss of power.
+    A commit is one file, `commit.safetensors`, written whole before the one before it (`commit-before.safetensors` meanwhile) is given up:
+    the model with the server optimizer's moments, how many commits there were, the best so far, the sites' states, and how long
+    `metrics.jsonl` was. It survives `kill -9` of the process, though not a loss of power. A large file that is given up is the next one's
+    room (`.commit-spare.safetensors`), unless it is still mapped: new pages take four times as long.
     """
 
     def __init__(
@@ -91,14 +93,14 @@ class RunFolder:
             "events": written,
         }
         tree = {"model": model.params, "states": dict(states)}
-        with self._one_before():
-            write(self.path / COMMIT, replace(model, params=tree), fields)
+        with self._one_before(), self._new_file() as file:
+            write(file, replace(model, params=tree), fields)
         self.commits += 1
         self.write_facts(**self._reached(model))
         self.committed(written)
         if (self.path / COMMIT).stat().st_size < MAPPED_FROM_BYTES:
             return model
-        kept = read(self.path / COMMIT)[0]
+        kept = decode(map_file(self.path / COMMIT))[0]
         return replace(kept, params=kept.params["model"])
 
     @contextmanager
@@ -114,7 +116,27 @@ class RunFolder:
             if earlier.is_file():
                 earlier.rename(last)
             raise
-        earlier.unlink(missing_ok=True)
+        if earlier.is_file() and earlier.stat().st_size >= MAPPED_FROM_BYTES:
+            earlier.rename(self.path / SPARE)
+        else:
+            earlier.unlink(missing_ok=True)
+
+    @contextmanager
+    def _new_file(self) -> Iterator[BinaryIO]:
+        """The next commit's file, open to be written: whole under its name at the end, or gone."""
+        part = self.path / f".{COMMIT}.part"
+        part.unlink(missing_ok=True)
+        if not take_over(self.path / SPARE, part):
+            (self.path / SPARE).unlink(missing_ok=True)
+            part.touch()
+        try:
+            with part.open("r+b") as file:
+                yield file
+                file.truncate()
+            part.rename(self.path / COMMIT)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
 
     def _reached(self, model: FLModel) -> dict[str, Any]:
         """What `run.json` says of the last commit."""
@@ -134,7 +156,8 @@ class RunFolder:
         """
         if not (self.path / COMMIT).is_file() and (self.path / EARLIER).is_file():  # it was killed while it wrote the next one
             (self.path / EARLIER).rename(self.path / COMMIT)
-        (self.path / EARLIER).unlink(missing_ok=True)
+        for left in (EARLIER, SPARE):
+            (self.path / left).unlink(missing_ok=True)
         if not (self.path / COMMIT).is_file():
             (self.path / EVENTS).unlink(missing_ok=True)
             return None
@@ -159,6 +182,7 @@ class RunFolder:
             model = read(self.path / COMMIT)[0]
             write(self.path / MODEL, replace(model, params=model.params["model"], optimizer_params={}))
             self.facts["model"] = MODEL
+        (self.path / SPARE).unlink(missing_ok=True)
         end = {"event": "end", "time": time.time(), "status": status, "reason": reason}
         self._pending.append(json.dumps(end) + "\n")
         self._write_events()

@@ -316,6 +316,18 @@ def map_file(path: Path) -> memoryview:
         os.close(descriptor)
 
 
+def take_over(spare: Path, path: Path) -> bool:
+    """Give a file that nobody reads by `open_file` or `map_file` any more another name, to be overwritten. False if it is read, or not
+    there."""
+    try:
+        descriptor = _open_locked(spare, os.O_RDWR, fcntl.LOCK_EX)
+    except (FileNotFoundError, BlockingIOError):
+        return False
+    spare.rename(path)
+    os.close(descriptor)
+    return True
+
+
 def _open_locked(path: Path, flags: int, lock: int) -> int:
     """Open and lock at once, or not at all. Raises FileNotFoundError and, if another holds the lock, BlockingIOError."""
     descriptor = os.open(path, flags | os.O_CLOEXEC)
