@@ -202,6 +202,40 @@ def test_facts_are_json_values_under_names_of_their_own(log: Path) -> None:
     assert (last["text"], last["nested"]) == ("a\nline é \u2028", {"a": [1, None, 2.5]})
 
 
+def test_a_process_can_wait_for_its_turn(log: Path) -> None:
+    def second() -> None:
+        with Ledger(log, wait=True) as ledger:
+            ledger.append("second")
+
+    before = verify(log) if log.exists() else 0
+    with Ledger(log) as ledger:
+        thread = threading.Thread(target=second)
+        thread.start()
+        ledger.append("first")
+    thread.join()
+    assert verify(log) == before + 2
+    assert [line["kind"] for line in read(log)][-2:] == ["first", "second"]
+
+
+def test_what_was_read_before_is_not_read_again(log: Path) -> None:
+    with Ledger(log) as ledger:
+        ledger.append("one")
+        ledger.append("two")
+        end = ledger.end
+    data = log.read_bytes()
+    log.write_bytes(b"X" * end.byte + data[end.byte :])
+    with Ledger(log, since=end) as ledger:  # what stands before is not looked at
+        ledger.append("three")
+        later = ledger.end
+    assert later.head.lines == end.head.lines + 1
+    with pytest.raises(WireError):
+        verify(log)
+    log.write_bytes(data)
+    with Ledger(log, since=later) as ledger:  # the file is shorter than what was known: it is read from its beginning
+        assert ledger.head.lines >= end.head.lines
+    assert [line["kind"] for line in read(log)][-1] == "lost"
+
+
 def test_one_process_writes_at_a_time(log: Path) -> None:
     with Ledger(log), pytest.raises(ConfigError, match="written by another process"):
         Ledger(log)

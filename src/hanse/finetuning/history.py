@@ -75,7 +75,7 @@ class History:
         facts: JSON values, such as `version`, a digest.
         Raises ConfigError, naming what is possible, if the state may not follow the present one.
         """
-        with Ledger(self.path) as ledger:
+        with Ledger(self.path, wait=True) as ledger:
             lines = self.lines
             if to not in (possible := _possible(lines)):
                 raise ConfigError(
@@ -86,14 +86,14 @@ class History:
 
     def arrive(self, *, who: str, why: str = "", **facts: Any) -> None:
         """Record that a candidate arrived as a signed file: from whatever state, the client's side goes to "client acceptance"."""
-        with Ledger(self.path) as ledger:
+        with Ledger(self.path, wait=True) as ledger:
             ledger.append("client acceptance", client=self.client, who=who, why=why, arrived=True, **facts)
 
     def note(self, kind: str, *, who: str, why: str = "", **facts: Any) -> None:
         """Record what changes no state, such as a signature."""
         if kind in TRANSITIONS:
             raise ConfigError(f"{kind!r} is a state: `move` goes there")
-        with Ledger(self.path) as ledger:
+        with Ledger(self.path, wait=True) as ledger:
             ledger.append(kind, client=self.client, who=who, why=why, **facts)
 
     def verify(self) -> int:

@@ -49,9 +49,9 @@ Handler = Callable[["Party", FLModel, Site], FLModel]
 
 
 class Party:
-    """One party's folder, its data and its model, kept in memory from task to task."""
+    """One party's folder, its data and its model for runs with one client, kept in memory from task to task."""
 
-    def __init__(self, folder: Path, site: str, contract: str, base: str) -> None:
+    def __init__(self, folder: Path, site: str, contract: str, base: str, client: str) -> None:
         self.folder, self.site, self.base = folder, site, base
         self.project = read_project(folder)
         if self.project.digest != contract:
@@ -61,7 +61,9 @@ class Party:
             )
         self._left = Place()
         self.is_vendor = site == self.project.vendor.site
-        self._points, self._residuals = folder / "exchange" / "points", folder / "exchange" / "residuals"
+        self.client = self.project.client(client).site
+        # A vendor's runs with others may go on meanwhile.
+        self._points, self._residuals = (folder / "exchange" / kind / self.client for kind in ("points", "residuals"))
         for path in (self._points, self._residuals):
             path.mkdir(parents=True, exist_ok=True)
 
@@ -181,9 +183,9 @@ class Party:
         """Of the points kept, the newest first."""
         return sorted(self._points.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
-    def residual(self, client: str, turn: int) -> Path:
-        """Where what rounding left over after a turn with that client is kept. A vendor's runs with others may go on meanwhile."""
-        return self._residuals / f"{client}-{_hex(self.base)[:16]}-{turn}.safetensors"
+    def residual(self, turn: int) -> Path:
+        """Where what rounding left over after a turn is kept."""
+        return self._residuals / f"{_hex(self.base)[:16]}-{turn}.safetensors"
 
     # scores
 
@@ -218,14 +220,14 @@ class Party:
             return None
         return self.scores(versions.params(version), version.model), version.threshold
 
-    def tries_before(self, path: Path, old: str, client: str) -> int:
+    def tries_before(self, path: Path, old: str) -> int:
         """How many other candidates were put to the gate against this version, for this client."""
         others = [evidences.read_evidence(each).about for each in (self.folder / "evidence").glob("*.json") if each != path]
-        return sum(about.get("old") == old and about.get("client") == client for about in others)
+        return sum(about.get("old") == old and about.get("client") == self.client for about in others)
 
     def left(self, site: Site, task: str, answer: FLModel) -> None:
         """Write down what leaves with an answer."""
-        with Ledger(self.folder / "exchange" / "left.jsonl", since=self._left) as ledger:
+        with Ledger(self.folder / "exchange" / "left.jsonl", wait=True, since=self._left) as ledger:
             ledger.append("left", job=site.job_id, task=task, tensors=left(answer), metrics=dict(answer.metrics))
             self._left = ledger.end
 
@@ -238,8 +240,8 @@ def _hex(digest: str) -> str:
 
 
 @lru_cache(maxsize=4)
-def _party(folder: str, site: str, contract: str, base: str) -> Party:
-    return Party(Path(folder), site, contract, base)
+def _party(folder: str, site: str, contract: str, base: str, client: str) -> Party:
+    return Party(Path(folder), site, contract, base, client)
 
 
 def _task(name: str) -> Callable[[Handler], Handler]:
@@ -253,7 +255,8 @@ def _task(name: str) -> Callable[[Handler], Handler]:
                     hint=f"Name it in kit.yaml: `config: {{{FOLDER}: /where/it/is}}`, and below `keep`.",
                 )
             began_s = time.process_time()
-            party = _party(str(site.config[FOLDER]), site.name, site.config["contract"], site.config["base"])
+            config = site.config
+            party = _party(str(config[FOLDER]), site.name, config["contract"], config["base"], config["client"])
             answer = function(party, model, site)
             answer.metrics = {**answer.metrics, "cpu_seconds": time.process_time() - began_s}
             party.left(site, name, answer)
@@ -334,11 +337,11 @@ def _train(party: Party, model: FLModel, site: Site) -> FLModel:
     )  # fmt: skip
     change = difference(party.trainable.arrays(), arrays)
     turn = config["turn"]
-    before = party.residual(config["client"], turn - 1)
+    before = party.residual(turn - 1)
     answer, residual = encode_change(change, config["bits"], dict(read(before)[0].params) if turn > 0 and before.is_file() else None)
     party.keep(moved(arrays, decode_change(answer, arrays)))
-    write(party.residual(config["client"], turn), FLModel(residual))
-    party.residual(config["client"], turn - 2).unlink(missing_ok=True)
+    write(party.residual(turn), FLModel(residual))
+    party.residual(turn - 2).unlink(missing_ok=True)
     return replace(answer, metrics={"loss": loss} | _on_the_way(party, arrays))
 
 
@@ -392,9 +395,9 @@ def _gate(party: Party, model: FLModel, site: Site) -> FLModel:
     old, new, path = kept["old"], kept["new"], party.folder / "evidence" / f"{_hex(config['new'])}.json"
     evidence = gates.decide(
         old.scores, new.scores, old.labels, old_threshold=config["old_threshold"], new_threshold=config["new_threshold"], gate=project.gate,
-        tries_before=party.tries_before(path, config["old"], config["client"]), seed=project.seed, slices=old.slices, groups=old.groups,
+        tries_before=party.tries_before(path, config["old"]), seed=project.seed, slices=old.slices, groups=old.groups,
         first=(first[0].scores, first[1]) if first else None, names=old.names,
-        about={"old": config["old"], "new": config["new"], "contract": project.digest, "client": config["client"]},
+        about={"old": config["old"], "new": config["new"], "contract": project.digest, "client": party.client},
     )  # fmt: skip
     evidences.write_evidence(path, evidence)
     return FLModel({EVIDENCE: evidence.json}, metrics={evidence.outcome: 1.0, "attempt": float(evidence.attempt)})

@@ -70,8 +70,9 @@ async def delivery(cohort: Cohort, model: FLModel, *, project: Mapping[str, Any]
     """Ask the client's site for the task "deliver". Returns its decision as {"decision": uint8}, or no params."""
     contract = msgspec.convert(project, Project)
     async for _ in cohort.rounds(model, 1):
-        task = Task("deliver", model, {"contract": contract.digest, "base": version})
-        async for update in cohort.ask(task, of=[contract.client(client).site]):
+        site = contract.client(client).site
+        task = Task("deliver", model, {"contract": contract.digest, "base": version, "client": site})
+        async for update in cohort.ask(task, of=[site]):
             model = FLModel(update.model.params)
         model = await cohort.commit(model)
     return model

@@ -351,7 +351,7 @@ class Watch:
         for number, encoded in self._database.execute("SELECT number, alarm FROM alarms WHERE NOT sent ORDER BY number").fetchall():
             alarm = msgspec.json.decode(encoded, type=Alarm)
             hook.post(encoded, id=alarm.id)
-            with Ledger(self.folder / LEDGER) as ledger:
+            with Ledger(self.folder / LEDGER, wait=True) as ledger:
                 ledger.append("left", id=alarm.id, to=hook.host, bytes=len(encoded), digest=f"blake3:{blake3.blake3(encoded).hexdigest()}")
             with self._transaction() as run:
                 run("UPDATE alarms SET sent = 1 WHERE number = ?", (number,))
@@ -399,7 +399,7 @@ class Watch:
         waiting = self._database.execute("SELECT number, alarm FROM alarms WHERE NOT noted ORDER BY number").fetchall()
         if not waiting:
             return
-        with Ledger(self.folder / LEDGER) as ledger:
+        with Ledger(self.folder / LEDGER, wait=True) as ledger:
             there = {line["alarm"]["id"] for line in read_ledger(ledger.path) if line["kind"] == "alarm"}
             for number, encoded in waiting:
                 alarm = msgspec.json.decode(encoded)

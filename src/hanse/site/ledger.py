@@ -69,11 +69,12 @@ class Ledger:
     What a crash left is put in order first, and that is itself written down: a last line that was cut off in the middle is removed (kind
     `cut`); lines that the head counts and that are gone are noted (kind `lost`) with the head there was. A power cut before `sync` can
     do that, and so can somebody who removes them.
+    wait: for another process that writes it, which is then no error; for ledgers that are open for a line only.
     since: up to where the caller knows the chain to be good, which is not read again, as `end` gave it.
     Raises WireError for all else that is wrong, as nothing is added to a broken chain, and ConfigError if another process writes it.
     """
 
-    def __init__(self, path: Path, *, since: Place = Place()) -> None:
+    def __init__(self, path: Path, *, wait: bool = False, since: Place = Place()) -> None:
         self.path, self.head = path, Head()
         self._lock = threading.Lock()
         self._encode = msgspec.json.Encoder().encode
@@ -81,7 +82,7 @@ class Ledger:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._log = opened.enter_context(path.open("ab", buffering=0))
-                fcntl.flock(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self._log, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
                 head_path(path).touch()
                 self._head_file = opened.enter_context(head_path(path).open("r+b", buffering=0))
             except BlockingIOError as error:

@@ -104,7 +104,7 @@ def test_it_goes_on_where_it_was_even_where_a_party_has_lost_what_it_remembered(
     finally:
         recipe.app._handlers["train"] = original
     (folder,) = [path for path in pair.runs.iterdir() if Run(path).get_status() == "failed"]
-    for path in (pair.client / "exchange" / "points").glob("*.safetensors"):
+    for path in (pair.client / "exchange" / "points").rglob("*.safetensors"):
         path.unlink()
     assert result(resume(folder, console="quiet", workers=1)) == undisturbed
 

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hanse.errors import JobFailed
-from hanse.finetuning.party import app
+from hanse.errors import ConfigError, JobFailed
+from hanse.finetuning.contract import read_project
+from hanse.finetuning.party import Party, app
 from hanse.finetuning.points import digest_of
 from hanse.messages.flmodel import FLModel
 
@@ -61,3 +62,10 @@ def test_what_is_trained_is_the_vendors_to_say(pair: Pair) -> None:
     expected = pair.execute(**MIX).get_result().params
     with answering("prepare", lambda answer: replace(answer, params={name: array + 1 for name, array in expected.items()})):
         assert digest_of(pair.execute(**MIX).get_result().params) == digest_of(expected)
+
+
+def test_a_client_that_is_none_of_the_project_names_no_folder(pair: Pair) -> None:
+    digest = read_project(pair.client).digest
+    with pytest.raises(ConfigError, match="north"):
+        Party(pair.client, "north", digest, "blake3:" + "0" * 64, "../../elsewhere")
+    assert not (pair.client.parent / "elsewhere").exists()
