@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import sys
+import urllib.request
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from hanse.errors import ConfigError
 from hanse.identity.authority import Authority, new_key, request
@@ -125,6 +128,42 @@ async def test_a_server_that_died_in_a_round_goes_on_with_what_it_had(
         if process.returncode is None:
             process.kill()
             await process.wait()
+
+
+async def test_prometheus_reads_the_servers_figures(kit: Kit, identities: Any, tmp_path: Path, load: Any) -> None:
+    from tests.server.conftest import RealFederation
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        kit.metrics = f"127.0.0.1:{free.getsockname()[1]}"
+    process, port = await started(kit)
+    federation = RealFederation(identities, Settings(state=kit.state_folder, address=""), tmp_path, port=port)
+
+    def figures() -> dict[str, float]:
+        with urllib.request.urlopen(f"http://{kit.metrics}/metrics") as answer:
+            families = text_string_to_metric_families(answer.read().decode())
+        return {" ".join([each.name, *each.labels.values()]): each.value for family in families for each in family.samples}
+
+    try:
+        assert (await asyncio.to_thread(figures))["hanse_sites_connected"] == 0
+        recipe = FedAvgRecipe(name="count", model={"w": np.zeros(3, "f4")}, app=load(APP).app, rounds=2)
+        for name in ("a", "b"):
+            await federation.site(name, recipe)
+        job = (await federation.submit(recipe))["job"]
+        await federation.finished(job)
+        found = await asyncio.to_thread(figures)
+        assert found["hanse_sites_connected"] == 2
+        assert found["hanse_jobs_ended_total completed"] == 1
+        assert found["hanse_updates_total accepted"] == 4
+        assert found["hanse_update_bytes_total accepted"] > 4 * 12
+        assert found["hanse_jobs running"] == 0
+        assert found["process_resident_memory_bytes"] > 1 << 20
+    finally:
+        for task in federation.tasks:
+            task.cancel()
+        for client in federation.clients:
+            await client.close()
+        process.terminate()
+        await process.wait()
 
 
 async def test_a_kit_that_is_no_servers_is_refused(kit: Kit) -> None:

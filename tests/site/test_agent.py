@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,13 @@ import numpy as np
 import psutil
 import pytest
 from numpy.testing import assert_array_equal
+from prometheus_client.parser import text_string_to_metric_families
 
 from hanse.app import App
 from hanse.client.script import Script
 from hanse.client.session import SiteInfo
 from hanse.identity.authority import Authority
-from hanse.identity.kit import CREDENTIALS
+from hanse.identity.kit import CREDENTIALS, write_kit
 from hanse.messages.codec import decode_update, encode_update
 from hanse.messages.flmodel import FLModel
 from hanse.messages.task import Task, TaskId
@@ -99,6 +102,27 @@ async def test_a_whole_job_gives_the_bits_of_the_simulation(
     assert kinds[-2:] == ["end", "stop"]
     assert verify(one_site.kit.state_folder / "audit.jsonl") == len(kinds)
     assert (one_site.kit.state_folder / "logs" / "j1.log").read_text() == "round 1\nround 2\nround 3\n"
+
+
+async def test_prometheus_reads_the_sites_figures(one_site: OneSite, job_folder: Callable[..., Path]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        one_site.kit.metrics = f"127.0.0.1:{free.getsockname()[1]}"
+    write_kit(one_site.kit.folder, one_site.kit)
+    await one_site.start()
+    await one_site.take(job_folder(STATEFUL))
+    one_site.server.assign((0, 0), task(1))
+    update = await one_site.server.update((0, 0))
+
+    def figures() -> dict[str, float]:
+        with urllib.request.urlopen(f"http://{one_site.kit.metrics}/metrics") as answer:
+            families = text_string_to_metric_families(answer.read().decode())
+        return {" ".join([each.name, *each.labels.values()]): each.value for family in families for each in family.samples}
+
+    found = await asyncio.to_thread(figures)
+    assert found["hanse_site_connected"] == found["hanse_site_jobs"] == 1
+    assert found["hanse_site_audit_lines_total update"] == 1
+    assert found["hanse_site_bytes_total update"] == sum(memoryview(part).nbytes for part in encode_update(update))
+    assert found["hanse_site_bytes_total task"] > 12
 
 
 async def test_a_script_goes_on_between_tasks_as_in_the_simulation(

@@ -27,7 +27,8 @@ Address = Annotated[str, msgspec.Meta(max_length=300, pattern=r"^([^\s:/\[\]]+|\
 class Kit(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """What `kit.yaml` says, and the folder that it lies in.
 
-    server: the host:port that others connect to. state: where what has to last is kept, relative to the kit.
+    server: the host:port that others connect to. state: where what has to last is kept, relative to the kit. metrics: of a server or
+    site, the host:port where Prometheus may read its figures, without TLS.
     Of the server: listen, host:port to listen at; database, an SQLAlchemy URL (default SQLite in the state folder); blobs, a folder or
     an s3:// URL (default a folder in the state folder); certificate_days, how long the certificates that it issues are good; sandbox,
     whether workflows run in one: required, preferred or off; absence_s, after how many seconds away a site that is asked counts as failed;
@@ -51,6 +52,7 @@ class Kit(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_default
     absence_s: Annotated[float, msgspec.Meta(gt=0)] = 60
     max_running: Annotated[int, msgspec.Meta(gt=0)] | None = None
     state: str = "state"
+    metrics: Address | None = None
     policy: str = "policy.yaml"
     resources: Resources | None = None
     config: dict[str, Any] = {}

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from hanse.errors import ConfigError
+from hanse.figures import published
 from hanse.identity.authority import new_key, request
 from hanse.identity.certificates import Credentials, Role, addresses_of
 from hanse.identity.kit import CREDENTIALS, Kit
@@ -34,7 +35,13 @@ async def serve_kit(kit: Kit, *, ready: Callable[[str], object] = lambda address
     for kind in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(kind, ended.set)
     service = FederationServer(settings_of(kit), fresh(kit), kit.authority())
+    with published(kit.metrics, service.figures):
+        await _serve(kit, service, ended, ready)
+
+
+async def _serve(kit: Kit, service: FederationServer, ended: asyncio.Event, ready: Callable[[str], object]) -> None:
     listen, told = kit.listen, False
+    assert listen is not None
     try:
         await service.start()
         while not ended.is_set():

@@ -98,7 +98,7 @@ class RunningJob:
     the workflow gets those that were acknowledged from the store, and the sites bring the others again.
 
     ended: awaited with how the job ended, once. absence_s: a site that is away for longer is not waited for. sandbox: for the process; it
-    has the run folder to write, and the blobs to read.
+    has the run folder to write, and the blobs to read. arrived: told of each update that came, "accepted" or "refused", and its bytes.
     """
 
     def __init__(
@@ -114,11 +114,12 @@ class RunningJob:
         ended: Callable[[Finished], Awaitable[None]],
         absence_s: float,
         sandbox: Sandbox | None = None,
+        arrived: Callable[[str, int], object] = lambda outcome, size: None,
     ) -> None:
         self.id, self.name, self.roster, self.folder = job.id, job.name, tuple(roster), folder
         self.commits, self.rounds = job.commits, job.rounds
         self._store, self._blobs, self._sites, self._events = store, blobs, sites, events
-        self._ended, self._absence_s, self._sandbox = ended, absence_s, sandbox
+        self._ended, self._absence_s, self._sandbox, self._arrived = ended, absence_s, sandbox, arrived
         self._open: dict[TaskRef, _Open] = {}
         self._closed: set[TaskRef] = set()
         self._kept: set[UpdateKey] = set()
@@ -223,7 +224,10 @@ class RunningJob:
 
     async def _accept(self, key: UpdateKey, payload: Payload) -> Failure | None:
         """Hand an update on and keep it; or say what is wrong with it, which counts as the site's answer."""
-        if problem := await self._problem(key, payload):
+        size = len(payload.inline or b"") if payload.blob is None else payload.blob.size
+        problem = await self._problem(key, payload)
+        self._arrived("refused" if problem else "accepted", size)
+        if problem:
             logger.warning("job %s: the update of site %r for task %s is refused: %s", self.id, key.site, key.task, problem)
             if (out := self._open.get(key.task)) is not None and key.site in out.waiting:
                 self._fail(key.task, out, key.site, problem)

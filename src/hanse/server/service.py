@@ -10,7 +10,8 @@ import fcntl
 import logging
 import shutil
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import IO, Any
 import msgspec
 
 from hanse.errors import ConfigError, Failure, HanseError, IdentityError, Refused, WireError
+from hanse.figures import Figure
 from hanse.identity.authority import Authority
 from hanse.identity.certificates import Credentials, Role
 from hanse.jobs.archive import Manifest, open_manifest, trimmed, unpack
@@ -138,6 +140,7 @@ class FederationServer:
         self._results: dict[tuple[Blob, str], Path] = {}  # what people have asked for
         self._numbers: dict[str, int] = {}
         self._scheduling = asyncio.Lock()
+        self._counts = Counter[tuple[str, str]]()
         self._closing = False
         self._sandbox: Sandbox | None = None
         self._lock: IO[str] | None = None
@@ -210,6 +213,20 @@ class FederationServer:
         await self.store.close()
         if self._lock is not None:
             self._lock.close()
+
+    def figures(self) -> Iterator[Figure]:
+        """What Prometheus is told; called from another thread."""
+        counts, active = dict(self._counts), Counter(each.job.status for each in list(self._active.values()))
+        jobs, updates, sizes = ({label: n for (what, label), n in counts.items() if what == kind} for kind in ("job", "update", "byte"))
+        yield Figure("hanse_sites_connected", "Sites connected now.", len(self._connected))
+        yield Figure("hanse_jobs", "Jobs that have not ended.", {status: active[status] for status in ("queued", "running")}, "status")
+        yield Figure("hanse_jobs_ended_total", "Jobs that ended since the server was started.", jobs, "status", counter=True)
+        yield Figure("hanse_updates_total", "Updates that came since then.", updates, "outcome", counter=True)
+        yield Figure("hanse_update_bytes_total", "Their bytes.", sizes, "outcome", counter=True)
+
+    def _arrived(self, outcome: str, size: int) -> None:
+        self._counts["update", outcome] += 1
+        self._counts["byte", outcome] += size
 
     # ------------------------------------------------------------------------------------------------- what the transport asks
 
@@ -565,6 +582,7 @@ class FederationServer:
             sites=self,
             events=active.events,
             ended=ended,
+            arrived=self._arrived,
             absence_s=self.settings.absence_s,
             sandbox=self._sandbox,
         )
@@ -576,6 +594,7 @@ class FederationServer:
     async def _job_ended(self, active: _Active, finished: Finished) -> None:
         job_id, rounds = active.job.id, active.job.rounds if active.running is None else active.running.rounds
         logger.info("job %s: %s %s", job_id, finished.status, finished.reason)
+        self._counts["job", finished.status] += 1
         await self._change_job(active, status=finished.status, reason=finished.reason, rounds=rounds, ended=time.time())
         self._active.pop(job_id, None)  # this is done again if the disk was full
         for blob in await self.store.drop_updates(job_id):

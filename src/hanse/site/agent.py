@@ -13,7 +13,7 @@ import logging
 import os
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +22,7 @@ import msgspec
 from blake3 import blake3
 
 from hanse.errors import ConfigError, Failure, HanseError, IdentityError, LinkBroken, Refused, StorageFull
+from hanse.figures import Figure, published
 from hanse.identity.authority import request
 from hanse.identity.certificates import Credentials, Role
 from hanse.identity.kit import CREDENTIALS, Kit
@@ -126,21 +127,34 @@ class Agent:
             )
             self._ledger.append("start", site=self.kit.name, version=version(), sandbox=sandbox is not None)
             try:
-                async with asyncio.TaskGroup() as self._group:
-                    self._load_jobs()
-                    self._group.create_task(self._keep_certificate())
-                    self._group.create_task(self._sync_ledger())
-                    self._group.create_task(hours.watch())
-                    try:
-                        await self._stay_connected()
-                    finally:
-                        for job in self.jobs.values():
-                            job.stop()
+                with published(self.kit.metrics, self._figures):
+                    await self._work(hours)
             finally:
                 if self._client is not None:
                     await self._client.close()
                 with contextlib.suppress(StorageFull):
                     self._ledger.append("stop", site=self.kit.name)
+
+    async def _work(self, hours: Hours) -> None:
+        async with asyncio.TaskGroup() as self._group:
+            self._load_jobs()
+            self._group.create_task(self._keep_certificate())
+            self._group.create_task(self._sync_ledger())
+            self._group.create_task(hours.watch())
+            try:
+                await self._stay_connected()
+            finally:
+                for job in self.jobs.values():
+                    job.stop()
+
+    def _figures(self) -> Iterator[Figure]:
+        """What Prometheus is told; called from another thread."""
+        lines = dict(self._ledger.written)
+        moved = {kind: self._ledger.written_bytes[kind] for kind in ("task", "update")}
+        yield Figure("hanse_site_connected", "Whether the server is reached.", self._connected.is_set())
+        yield Figure("hanse_site_jobs", "Jobs that this site takes part in.", len(self.jobs))
+        yield Figure("hanse_site_audit_lines_total", "Lines of the audit log since the start.", lines, "kind", counter=True)
+        yield Figure("hanse_site_bytes_total", "Bytes of tasks that came and updates that left.", moved, "kind", counter=True)
 
     # the connection
 

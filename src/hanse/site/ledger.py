@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -76,6 +77,8 @@ class Ledger:
 
     def __init__(self, path: Path, *, wait: bool = False, since: Place = Place()) -> None:
         self.path, self.head = path, Head()
+        self.written, self.written_bytes = Counter[str](), Counter[str]()
+        """Since it was opened: lines by kind, and the sums of their `bytes`."""
         self._lock = threading.Lock()
         self._encode = msgspec.json.Encoder().encode
         with contextlib.ExitStack() as opened:
@@ -110,6 +113,8 @@ class Ledger:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self.head = _after(self.head, line)
             self._write_head()
+            self.written[kind] += 1
+            self.written_bytes[kind] += facts.get("bytes", 0)
 
     @property
     def end(self) -> Place:
