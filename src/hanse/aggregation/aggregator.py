@@ -15,6 +15,8 @@ class Aggregator(Protocol):
     The runtime splits a round's sites into fixed groups. Where a group's updates are, it adds them to an aggregator of their own,
     folds it and sends the `partial` on; where the round ends it merges the partials in the groups' order and asks for the `result`.
     So the result has the same bits for any arrival order, any number of workers, simulated or real.
+
+    It may have a number `needs`: a round that asks fewer sites is refused before it begins.
     """
 
     def fresh(self, reference: FLModel | None = None) -> Self:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hanse.aggregation.mean import sum_dtype
+from hanse.aggregation.form import sum_dtype
 from hanse.errors import ConfigError
 from hanse.messages.flmodel import FLModel, ParamsType
 from hanse.messages.params import flatten, unflatten

@@ -46,6 +46,11 @@ def flatten(params: Any) -> tuple[dict[str, Array], Json]:
     return arrays, {"tree": _flatten(params, (), arrays)}
 
 
+def size_bytes(params: Any) -> int:
+    """Bytes of all arrays in `params`."""
+    return sum(array.nbytes for array in flatten(params)[0].values())
+
+
 def unflatten(arrays: Mapping[str, Array], structure: Json, *, offset: int = 0) -> Any:
     """What `flatten` was given. Arrays are not copied, bytes are.
 

@@ -11,6 +11,11 @@ from hanse.messages.flmodel import FLModel
 TRAIN = "train"
 EVALUATE = "evaluate"
 SUBMIT_MODEL = "submit_model"
+DESCRIBE = "describe"
+HISTOGRAM = "histogram"
+PROPOSE_CENTROIDS = "propose_centroids"
+ASSIGN = "assign"
+DERIVATIVES = "derivatives"
 
 
 class TaskId(NamedTuple):

@@ -30,6 +30,7 @@ class Update:
     """What a site sends back for one task. `failure` is set where the site could not do it; the model is empty then.
 
     seconds: wall time of the work at the site.
+    size_bytes: of its arrays, as they left the site; only where a simulated clock asks for it. It does not travel in a frame.
     """
 
     site: str
@@ -38,6 +39,7 @@ class Update:
     failure: Failure | None = None
     seconds: float = 0.0
     records: tuple[Record, ...] = ()
+    size_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
