@@ -28,8 +28,8 @@ def test_an_adapter_is_found_by_the_classes_a_value_is_made_of() -> None:
 
 
 def test_an_unknown_adapter_names_those_installed() -> None:
-    with pytest.raises(NotInstalled, match=r"no adapter 'jax'; installed: .*sklearn.*torch"):
-        load_adapter("jax")
+    with pytest.raises(NotInstalled, match=r"no adapter 'mxnet'; installed: .*sklearn.*torch"):
+        load_adapter("mxnet")
 
 
 @pytest.mark.parametrize(

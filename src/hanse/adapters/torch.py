@@ -74,6 +74,9 @@ class TorchAdapter:
     def limit_threads(self, threads: int) -> None:
         torch.set_num_threads(threads)
 
+    def may_fork(self) -> bool:
+        return True
+
     def preload(self) -> None:
         torch.optim.SGD([torch.zeros(1)])  # the first optimizer of a process imports 800 modules
 

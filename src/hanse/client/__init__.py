@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ __all__ = [
     "get_config",
     "get_job_id",
     "get_site_name",
+    "get_state",
     "get_task_name",
     "init",
     "is_evaluate",
@@ -68,11 +70,12 @@ _standalone: _Use | None = None  # a script started alone has its process to its
 def init(rank: str | int | None = None) -> None:
     """Begin to use the Client API. Calling it again does nothing.
 
-    rank: of a process among several that train together; only 0, or None, is known so far: one process a site.
+    rank: of this process among those that `hanse.adapters.torchrun` has started, which know it anyway; else 0 or None.
     """
     global _standalone
-    if rank not in (None, 0, "0"):
-        raise ConfigError(f"init(rank={rank!r}): a site trains in one process so far; call init() in that of rank 0 only")
+    known = "0" if entered() is None else os.environ.get("RANK", "0")
+    if rank is not None and str(rank) != known:
+        raise ConfigError(f"init(rank={rank!r}): this process is a site's process {known}; hanse.adapters.torchrun starts several")
     if session := entered():
         if _use.get(None) is None:
             _use.set(_Use(session))
@@ -155,6 +158,15 @@ def get_site_name() -> str:
 def get_config() -> dict[str, Any]:
     """The site's configuration with that of the task at hand laid over it: JSON values."""
     return dict(_current().session.info.config)
+
+
+def get_state() -> dict[str, Any]:
+    """What the site keeps between tasks, always the same dictionary: JSON values and arrays under names, as in `hanse.Site.state`.
+
+    It is filled when a task is received, and kept as it is when the answer is sent, also if the script's process is killed after that.
+    Tensors come back as arrays.
+    """
+    return _current().session.state
 
 
 def system_info() -> dict[str, Any]:

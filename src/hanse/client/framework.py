@@ -48,6 +48,9 @@ class Adapter(Protocol):
     def limit_threads(self, threads: int) -> None:
         """Let the framework compute with at most so many threads in this process."""
 
+    def may_fork(self) -> bool:
+        """Whether a process forked from this one, as it is now, can use the framework: not if it has threads, which a fork loses."""
+
     def preload(self) -> None:
         """Import what training will need and the framework puts off, so that forked processes share it."""
 
@@ -75,20 +78,27 @@ def loaded() -> list[Adapter]:
     return [_load(name) for name in _names() if name in sys.modules]
 
 
+def may_fork() -> bool:
+    """Whether a process forked from this one can use every framework that this one has imported."""
+    return all(adapter.may_fork() for adapter in loaded())
+
+
 def params_of(model: object) -> tuple[Any, str | None]:
     """A model's parameters and the name of its framework, None for plain arrays.
 
-    model: a model object of an installed framework, a mapping of names to arrays or tensors, or None. The parameters are in the framework's
-    tensors, sharing the model's memory.
+    model: a model object of an installed framework, arrays or tensors in a mapping, or in mappings, lists and tuples of each other, or
+    None. The parameters are in the framework's tensors, sharing the model's memory.
     Raises ConfigError for anything else.
     """
     if model is None:
         return None, None
-    if isinstance(model, Mapping) and adapter_for(model) is None:
-        found = {adapter.name for leaf in model.values() if (adapter := adapter_for(leaf))}
+    if isinstance(model, Mapping | list | tuple) and adapter_for(model) is None:
+        leaves: list[Any] = []
+        map_leaves(leaves.append, model)
+        found = {adapter.name for leaf in leaves if (adapter := adapter_for(leaf))}
         if len(found) > 1:
             raise ConfigError(f"the model mixes tensors of {' and '.join(sorted(found))}: use those of one framework")
-        return dict(model), next(iter(found), None)
+        return dict(model) if isinstance(model, Mapping) else model, next(iter(found), None)
     if adapter := adapter_for(model):
         return adapter.params_of(model), adapter.name
     raise ConfigError(
@@ -158,7 +168,7 @@ def _installed() -> EntryPoints:
 
 @lru_cache(maxsize=1)
 def _names() -> tuple[str, ...]:
-    return tuple(_installed().names)
+    return tuple(sorted(_installed().names))  # a set: its order, in which they are seeded, is not the same in every process
 
 
 @lru_cache
@@ -170,6 +180,6 @@ def _load(name: str) -> Adapter:
 
 @lru_cache(maxsize=4096)
 def _adapter_of(kind: type) -> Adapter | None:
-    modules = {base.__module__.partition(".")[0] for base in kind.__mro__} - {"builtins", "numpy", "collections"}
-    names = modules.intersection(_names()) if modules else ()
-    return _load(min(names)) if names else None
+    modules = [base.__module__.partition(".")[0] for base in kind.__mro__]
+    own = next((module for module in modules if module not in ("builtins", "numpy", "collections") and module in _names()), None)
+    return None if own is None else _load(own)

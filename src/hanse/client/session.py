@@ -29,6 +29,8 @@ class Session(Protocol):
     info: SiteInfo
     task_name: str
     """The task last received; empty before the first."""
+    state: dict[str, Any]
+    """What the site keeps between tasks: filled when a task is received, kept as it is when the answer is sent."""
 
     def is_running(self) -> bool:
         """Wait for the next task. False once the job is over."""

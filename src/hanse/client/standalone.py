@@ -33,6 +33,7 @@ class StandaloneSession:
     def __init__(self) -> None:
         self.info = SiteInfo("site-1")
         self.task_name = ""
+        self.state: dict[str, Any] = {}
         self._rounds = _rounds()
         self._round = 0
         self._arrays: Any = None
