@@ -9,16 +9,19 @@ from typing import Any, ClassVar
 from hanse.aggregation.aggregator import Aggregator
 from hanse.aggregation.mean import WeightedMean
 from hanse.aggregation.server_optimizer import Adam, ServerOptimizer
+from hanse.errors import ConfigError
 from hanse.jobs.recipe import Recipe, Workflow, counts, part, positive
 from hanse.workflows.condition import Condition, Goal
 from hanse.workflows.fedavg import fedavg
+from hanse.workflows.selection import Selection
 
 
 @dataclass(frozen=True, kw_only=True)
 class FedAvgRecipe(Recipe):
     """Federated averaging (McMahan et al., AISTATS 2017): sites train, the server averages, round after round.
 
-    rounds: how many. sites_per_round: drawn anew each round; None asks all.
+    rounds: how many. sites_per_round: chosen anew each round; None asks all.
+    selection: how they are chosen: `ByExamples()`, `PowerOfChoice(candidates=…)`; None: all alike.
     min_updates: how many sites must train in a round; None: all that were asked. A site that fails is reported, and the round goes on
         while enough are left.
     within_s, grace_s: seconds for a round, and for stragglers once there are enough updates; None: no end.
@@ -33,6 +36,7 @@ class FedAvgRecipe(Recipe):
 
     rounds: int
     sites_per_round: int | None = None
+    selection: Selection | None = None
     min_updates: int | None = None
     within_s: float | None = None
     grace_s: float | None = None
@@ -47,12 +51,22 @@ class FedAvgRecipe(Recipe):
         counts(self, rounds=self.rounds, sites_per_round=self.sites_per_round, min_updates=self.min_updates)
         positive(self, within_s=self.within_s, grace_s=self.grace_s)
         part(self, "aggregator", "merge")
+        if self.selection is not None:
+            part(self, "selection", "select")
+            self.must_handle(*self.selection.needs(self.sites_per_round))
         self._arguments()
+
+    def check_sites(self, count: int) -> None:
+        super().check_sites(count)
+        candidates = getattr(self.selection, "candidates", 0)
+        if candidates > count:
+            raise ConfigError(f"recipe {self.name!r} selects from candidates={candidates}, and the number of sites is {count}")
 
     def _arguments(self) -> dict[str, Any]:
         return {
             "rounds": self.rounds,
             "sites_per_round": self.sites_per_round,
+            "selection": self.selection,
             "min_updates": self.min_updates,
             "within_s": self.within_s,
             "grace_s": self.grace_s,

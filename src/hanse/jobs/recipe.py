@@ -249,7 +249,7 @@ _COMMON = {field.name for field in fields(Recipe)}
 
 
 def _as_data(name: str, value: Any) -> Any:
-    for group in ("aggregators", "server_optimizers"):
+    for group in ("aggregators", "server_optimizers", "selections"):
         if (part := describe_part(group, value)) is not None:
             return {"part": group, **part}
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from hanse.aggregation.aggregator import Aggregator
 from hanse.aggregation.mean import WeightedMean
 from hanse.aggregation.server_optimizer import SGD
 from hanse.cohort import Cohort
@@ -24,6 +25,7 @@ async def cyclic(
     *,
     rounds: int,
     order: Order = "fixed",
+    aggregator: Aggregator | None = None,
     config: Mapping[str, Any] | None = None,
     evaluate: bool = False,
     best: Goal = ACCURACY,
@@ -34,12 +36,14 @@ async def cyclic(
     """Cyclic weight transfer (Chang et al., JAMIA 2018): in each round every site trains once, each on what the one before it made.
 
     order: by name, or shuffled anew each round. within_s: seconds for one site.
+    aggregator: what makes the next model of one site's update; None: the update is the next model.
     min_updates: how many sites must train in a round (default: all); a site that fails is passed over.
     evaluate: have all sites score the round's last model, and keep the best of these. Without it, the round's metrics are the mean over its
         sites, each of the model as that site got it.
     Raises TooFewUpdates, with the reasons, if too few sites trained.
     """
     step = SGD().step
+    aggregator = aggregator or WeightedMean("equal")
     async for round in cohort.rounds(model, rounds, until=stop_when):
         sites = list(cohort.sites)
         if order == "random":
@@ -48,7 +52,7 @@ async def cyclic(
         reasons: dict[str, str] = {}
         for site in sites:
             try:
-                reduced = await cohort.reduce(Task(TRAIN, model, config or {}), WeightedMean("equal"), of=[site], within_s=within_s)
+                reduced = await cohort.reduce(Task(TRAIN, model, config or {}), aggregator, of=[site], within_s=within_s)
             except TooFewUpdates as error:
                 reasons |= error.reasons
             else:
