@@ -12,7 +12,7 @@ from claims import Claim, machine, parser, table
 
 HERE = Path(__file__).parent
 GROUPS = {
-    "runtime": ("silo", "device", "sum", "overhead", "import_time", "transport", "latency", "idle", "poc"),
+    "runtime": ("silo", "device", "tiny", "sum", "robust", "overhead", "import_time", "transport", "latency", "idle", "poc", "virtual"),
     "finetuning": ("finetuning/gate", "finetuning/latency", "finetuning/serving", "finetuning/modes", "finetuning/new_class"),
 }
 

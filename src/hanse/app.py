@@ -15,10 +15,11 @@ def evaluate(model: FLModel, site: Site) -> dict[str, float]:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -29,7 +30,9 @@ from hanse.messages.update import Record
 from hanse.seeds import generator
 
 MAX_STATE_BYTES = 1 << 20
-"""How much a site's `state` may hold: bytes of its arrays, and of the rest as JSON."""
+"""How much a site's `state` may hold besides its arrays: bytes, as JSON."""
+MAX_STATE_ARRAY_BYTES = 256 << 20
+"""How much the arrays in a site's `state` may hold together: a control variate or a model of 64 million float32 numbers, say."""
 
 
 @dataclass
@@ -37,7 +40,8 @@ class Site:
     """A site as a function sees it while it does one task.
 
     rank counts from 0 among the job's `count` sites; config holds JSON values, the task's laid over the site's.
-    state lasts across rounds: JSON values and arrays under names, at most 1 MiB. A task that fails leaves it as it was.
+    state lasts across rounds: arrays of at most 256 MiB and JSON values of at most 1 MiB, under names. A task that fails leaves it as it
+    was.
     """
 
     name: str
@@ -66,6 +70,34 @@ class Site:
             raise ConfigError(f"log({key!r}): a {type(value).__name__} is neither a number nor a text") from None
 
 
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """What several sites made of one task at once. S = sites.
+
+    rows: which of the sites that were given. params: names to tensors, float, shape (S, …); metrics and meta: names to S numbers.
+    """
+
+    rows: Sequence[int]
+    params: Mapping[str, Any]
+    metrics: Mapping[str, Sequence[float]]
+    meta: Mapping[str, Sequence[int]]
+
+
+@runtime_checkable
+class Together(Protocol):
+    """A function that can also do its task for many sites at once, as a simulation has them."""
+
+    def stacks(self) -> bool:
+        """Whether it is quicker that way."""
+
+    def together(self, model: FLModel, sites: Iterable[Site]) -> Iterator[Stack]:
+        """Do the task for many sites that have no state, as stacks of some of them. What each makes is what it would have made by itself,
+        but for rounding. Sites that are left out, such as one that fails, are then run one by one."""
+
+    def __call__(self, model: FLModel, site: Site) -> FLModel:
+        """Do the task for one site."""
+
+
 Handler: TypeAlias = Callable[[FLModel, Site], FLModel | Mapping[str, float]]
 H = TypeVar("H", bound=Handler)
 
@@ -75,6 +107,7 @@ class App:
 
     def __init__(self) -> None:
         self._handlers: dict[str, Handler] = {}
+        self._made_in: Mapping[str, Any] = sys._getframe(1).f_globals
 
     def train(self, function: H) -> H:
         """Decorate the function that trains: `(model, site) -> FLModel`."""
@@ -91,11 +124,11 @@ class App:
 
         def register(function: H) -> H:
             if name in self._handlers:
-                raise ConfigError(f"task {name!r} has a function already, {self._handlers[name].__qualname__}: one function a task")
+                raise ConfigError(f"task {name!r} has a function already, {_called(self._handlers[name])}: one function a task")
             try:
                 inspect.signature(function).bind(None, None)
             except TypeError:
-                raise ConfigError(f"{function.__qualname__}{inspect.signature(function)} must take (model, site)") from None
+                raise ConfigError(f"{_called(function)}{inspect.signature(function)} must take (model, site)") from None
             self._handlers[name] = function
             return function
 
@@ -108,12 +141,18 @@ class App:
 
     @property
     def module(self) -> Mapping[str, Any]:
-        """The names of the module that the functions are defined in; empty without functions."""
-        return next((getattr(handler, "__globals__", {}) for handler in self._handlers.values()), {})
+        """The names of the module that the functions are defined in; if they tell none, of the one that made the app."""
+        made_of = map(inspect.unwrap, self._handlers.values())
+        return next((function.__globals__ for function in made_of if hasattr(function, "__globals__")), self._made_in)
 
     def handles(self, task_name: str) -> bool:
         """Whether there is a function for tasks of that name."""
         return task_name in self._handlers
+
+    def together(self, task_name: str) -> Together | None:
+        """The function for tasks of that name, if it can do them for many sites at once and that is quicker."""
+        handler = self._handlers.get(task_name)
+        return handler if isinstance(handler, Together) and handler.stacks() else None
 
     def run(self, task_name: str, model: FLModel, site: Site) -> FLModel:
         """Call the function for `task_name`. Raises ConfigError if there is none or if what it returns is no answer."""
@@ -129,4 +168,9 @@ class App:
         if task_name == EVALUATE and isinstance(answer, Mapping):
             return FLModel(metrics=answer)
         wanted = "an FLModel or a dictionary of metrics" if task_name == EVALUATE else "an FLModel"
-        raise ConfigError(f"{function.__qualname__} returned a {type(answer).__name__}: a function for task {task_name!r} returns {wanted}")
+        raise ConfigError(f"{_called(function)} returned a {type(answer).__name__}: a function for task {task_name!r} returns {wanted}")
+
+
+def _called(function: Handler) -> str:
+    """What a function is called in messages."""
+    return str(getattr(function, "__qualname__", type(function).__name__))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import math
 import time
-from bisect import bisect_right
+from bisect import bisect_right, insort
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -19,13 +21,32 @@ from hanse.errors import ConfigError, Failure, HanseError, TooFewUpdates, Update
 from hanse.filters import Filter, Filters
 from hanse.filters import apply as apply_filters
 from hanse.messages.flmodel import FLModel
-from hanse.messages.params import flatten
-from hanse.messages.task import Task
+from hanse.messages.params import flatten, size_bytes
+from hanse.messages.task import TRAIN, Task
 from hanse.messages.update import Reduced, Update
 from hanse.seeds import generator
-from hanse.transport.courier import Ask, Courier, Folded, Roster
+from hanse.transport.courier import Ask, Clock, Courier, Folded, Roster
 
 T = TypeVar("T")
+
+HELD_BYTES = 64 << 10
+"""An update of no more is copied and folded together with others of its group, which takes less time than to fold each by itself."""
+A = TypeVar("A", bound=Update | Folded)
+
+STREAMED = 1 << 20
+"""The index of a commit's first asynchronous task; those of `ask` and `reduce` count from 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """An update of an asynchronous workflow.
+
+    task: as the site got it. staleness: how many commits there were between the task and this, τ in the papers.
+    """
+
+    update: Update
+    task: Task
+    staleness: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +83,26 @@ class Cohort:
     """A workflow's handle on the sites it may ask.
 
     All randomness hangs on the job's seed and the number of commits, so a workflow that runs again after a crash draws the same.
+
+    clock: simulated time, by which all deadlines and the order of arrival are judged; None: they are real.
     """
 
-    def __init__(self, courier: Courier, journal: Journal, *, job_id: str, seed: int = 0, filters: Filters | None = None) -> None:
+    def __init__(
+        self,
+        courier: Courier,
+        journal: Journal,
+        *,
+        job_id: str,
+        seed: int = 0,
+        filters: Filters | None = None,
+        clock: Clock | None = None,
+    ) -> None:
         self._courier = courier
         self._journal = journal
         self._job_id = job_id
         self._seed = seed
         self._filters = filters or Filters()
+        self._clock = clock
         self._round = 0
         self._total: int | None = None
         self._round_began = time.perf_counter()
@@ -80,6 +113,7 @@ class Cohort:
     def _begin_commit(self) -> None:
         self._asks = 0
         self._draws = 0
+        self._streamed: Counter[str] = Counter()  # asynchronous tasks since this commit, by site
         self.rng: np.random.Generator = generator(self._seed, "cohort", self._journal.commits)
 
     @property
@@ -134,7 +168,11 @@ class Cohort:
         """
         ask = self._prepare(task, of, single=True, hurried=within_s is not None or grace_s is not None)
         tally = _Tally(ask.sites, min_updates)
-        async with aclosing(_replies(self._courier.ask(ask), within_s, grace_s, tally)) as replies:
+        if self._clock is None:
+            source = _replies(self._courier.ask(ask), within_s, grace_s, tally)
+        else:
+            source = _in_simulated_time(self._courier.ask, ask, self._clock, within_s, grace_s, tally, in_order=True)
+        async with aclosing(source) as replies:
             async for arrived in replies:
                 update = admit(arrived, ask.task, self._filters.server_in, self._seed)
                 self._note(tally, update, ask.task)
@@ -162,6 +200,8 @@ class Cohort:
         """
         hurried = within_s is not None or grace_s is not None
         ask = self._prepare(task, of, single=hurried, hurried=hurried)
+        if len(ask.sites) < (needs := getattr(aggregator, "needs", 1)):
+            raise ConfigError(f"{type(aggregator).__name__} needs at least {needs} updates a round, {len(ask.sites)} sites are asked.")
         tally = _Tally(ask.sites, min_updates)
         total = aggregator.fresh(measure(task.model, ask.task.model))
         waiting: dict[int, Folded] = {}
@@ -169,15 +209,15 @@ class Cohort:
         merged = 0
 
         def merge(folded: Folded) -> None:
-            group, partial = folded.updates, folded.partial
+            group, summed = folded.updates, folded.partial
             try:
-                if partial is None and len(group) == 1:  # it may have come as it is
+                if summed is None and len(group) == 1:  # it may have come as it is
                     if self._filters.server_out:  # its dtypes may not be those of the total
-                        partial, group = fold_group(group, aggregator, ask.task, self._filters.server_in, self._seed)
+                        summed, group = fold_group(group, aggregator, ask.task, self._filters.server_in, self._seed)
                     else:
                         group = (add_one(group[0], total, ask.task, self._filters.server_in, self._seed),)
-                if partial is not None:
-                    total.merge(partial)
+                if summed is not None:
+                    total.merge(summed)
             except UpdateRejected as error:
                 group = tuple(u if u.failure else replace(u, model=FLModel(), failure=Failure.of(error)) for u in group)
             folded.release()
@@ -185,7 +225,12 @@ class Cohort:
                 self._note(tally, update, ask.task)
             updates.extend(group)
 
-        async with aclosing(_replies(self._courier.fold(ask, aggregator), within_s, grace_s, tally)) as replies:
+        if self._clock is None:
+            source = _replies(self._courier.fold(ask, aggregator), within_s, grace_s, tally)
+        else:
+            fold = partial(self._courier.fold, aggregator=aggregator)
+            source = _in_simulated_time(fold, ask, self._clock, within_s, grace_s, tally, in_order=False)
+        async with aclosing(source) as replies:
             async for folded in replies:
                 waiting[folded.group] = folded
                 tally.arrived += sum(update.failure is None for update in folded.updates)
@@ -199,7 +244,117 @@ class Cohort:
         tally.check(self._round, task.name)
         good = tuple(update for update in updates if update.failure is None)
         model = total.result()
+        if left_out := model.meta.get("left_out"):
+            self.log(f"{type(aggregator).__name__} left out {', '.join(left_out)}: most sent another kind of update.", level="warning")
         return Reduced(model, model.metrics, good, dict(tally.failures))
+
+    async def stream(
+        self,
+        next_task: Callable[[], Task],
+        take: Callable[[Arrival], T],
+        *,
+        concurrency: int | None = None,
+        within_s: float | None = None,
+    ) -> AsyncGenerator[T, None]:
+        """Asynchronous rounds: keep so many sites at work, and yield what `take` makes of each good update, as they come.
+
+        As soon as one has answered, a site drawn at random among the idle ones gets a task. A site is at one task at a time. One that
+        fails is asked again after the next commit. Under a simulated clock, updates come in the order of its time, those of one instant by
+        rank, and before new tasks are given out. Close it, and what is out is given up.
+
+        next_task: called once after each commit; all that begin until the next one get what it gives.
+        take: a HanseError that it raises makes the update a failed one, which is noted and not yielded.
+        concurrency: how many sites are at work at a time; default: all. within_s: seconds until one that has not answered is given up.
+        Raises TooFewUpdates, with the reasons, once every site has failed since the last commit.
+        """
+        concurrency = len(self.sites) if concurrency is None else concurrency
+        if not 0 < concurrency <= len(self.sites):
+            raise ConfigError(f"concurrency is {concurrency}, of {len(self.sites)} sites: give a number from 1 to {len(self.sites)}")
+        out: dict[str, _Out] = {}
+        answers: asyncio.Queue[tuple[_Out, Update | Exception]] = asyncio.Queue()
+        failed: dict[str, Failure] = {}
+        busy: list[int] = []  # the ranks of those that are at work or have failed, in order
+        version = self._journal.commits
+        task: Task | None = None
+        try:
+            while True:
+                one = None if self._clock is None else await _next_arrival(out, answers, self._clock, until_s=self._clock.now_s)
+                if one is None:
+                    if version != self._journal.commits:
+                        version, task = self._journal.commits, None
+                        failed.clear()
+                        busy = sorted(one.rank for one in out.values())
+                    task = task or self._sent(next_task())
+                    while len(out) < concurrency and len(busy) < len(self.sites):
+                        given = self._give(self._draw_idle(busy), task, answers, within_s)
+                        out[given.site] = given
+                        insort(busy, given.rank)
+                    if not out:
+                        reasons = {site: str(failure) for site, failure in sorted(failed.items())}
+                        hint = "Mend these sites, and go on from the last commit."
+                        raise TooFewUpdates(f"round {self._round + 1}: every site has failed.", reasons=reasons, hint=hint)
+                    one = await _next_arrival(out, answers, self._clock, until_s=math.inf)
+                assert one is not None
+                del out[one.site]
+                assert one.update is not None
+                update = admit(one.update, one.ask.task, self._filters.server_in, self._seed)
+                staleness = self._journal.commits - one.ask.key[1]
+                if update.failure is None:
+                    try:
+                        taken = take(Arrival(update, one.ask.task, staleness))
+                    except HanseError as error:
+                        update = replace(update, model=FLModel(), failure=Failure.of(error))
+                self._record(update, one.ask.task, staleness=staleness, **self._now())
+                self._journal.progress(1, 1)
+                if update.failure is None:
+                    busy.remove(one.rank)
+                    yield taken
+                else:
+                    failed[one.site] = update.failure
+        finally:
+            running = [one.running for one in reversed(out.values()) if one.running is not None]
+            for each in running:
+                each.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+
+    def _draw_idle(self, busy: Sequence[int]) -> int:
+        """The rank of a site drawn from those not in `busy`, which is in order: the same one in the same state of the job."""
+        self._draws += 1
+        idle = len(self.sites) - len(busy)
+        drawn = int(generator(self._seed, "stream", self._journal.commits, self._draws).integers(idle))
+        return drawn + bisect_right(range(len(busy)), drawn, key=lambda place: busy[place] - place)  # the busy ones before it
+
+    def _give(self, rank: int, task: Task, answers: asyncio.Queue[tuple[_Out, Update | Exception]], within_s: float | None) -> _Out:
+        """Have the site begin its next task. Its id depends on the commit and the site alone, so that a restarted job asks for it again."""
+        site, commit = self.sites[rank], self._journal.commits
+        index = STREAMED + self._streamed[site] * len(self.sites) + rank
+        self._streamed[site] += 1
+        ask = Ask(task, (self._job_id, commit, index), ((site,),), hurried=True)
+        one = _Out(site, rank, ask)
+        late = Update(site, ask.task_id(site), failure=_too_late(f"{within_s} s"))
+        if self._clock is not None:
+            one.task_bytes, one.began_s = size_bytes(task.model.params), self._clock.now_s
+            one.earliest_s = self._clock.earliest_s(site, task, task_bytes=one.task_bytes, began_s=one.began_s)
+            one.deadline_s = one.began_s + (math.inf if within_s is None else within_s)
+            one.late = late
+            if one.earliest_s > one.deadline_s:  # its work would be for nothing
+                one.update, one.arrival_s = late, one.deadline_s
+                return one
+        timeout_s = within_s if self._clock is None else None
+
+        async def carry() -> None:
+            try:
+                async with asyncio.timeout(timeout_s), aclosing(self._courier.ask(ask)) as updates:
+                    update = await anext(updates)
+            except TimeoutError:
+                update = late
+            except Exception as error:
+                answers.put_nowait((one, error))
+                return
+            answers.put_nowait((one, update))
+
+        one.running = asyncio.create_task(carry(), name=f"task {ask.task_id(site)}")
+        return one
 
     async def keep_best(self, model: FLModel, metrics: Mapping[str, float], metric: str, *, lowest: bool = False) -> bool:
         """Keep `model` as the best so far if `metrics[metric]` is better than every one before; True if it was."""
@@ -211,7 +366,7 @@ class Cohort:
 
     async def commit(self, model: FLModel, metrics: Mapping[str, float] | None = None) -> FLModel:
         """Keep `model`: a restarted job goes on from here. Returns it with round and metrics filled in."""
-        good, asked = next(iter(self._counts.values()), (0, 0))
+        good, asked = self._counts.get(TRAIN) or next(iter(self._counts.values()), (0, 0))
         committed = replace(model, metrics=dict(metrics or {}), current_round=self._round, total_rounds=self._total)
         self._journal.event(
             "round",
@@ -221,6 +376,7 @@ class Cohort:
             good=good,
             metrics=dict(committed.metrics),
             best=self._journal.best is not None and self._journal.best.round == self._round,
+            **self._now(),
         )
         committed = self._journal.commit(committed)
         self._metrics = committed.metrics
@@ -246,27 +402,40 @@ class Cohort:
                 f"task {task.name!r} asks {len(sites)} sites, {len(ranks)} of them different: ask each site once, and at least one"
             )
         key = (self._job_id, self._journal.commits, self._asks)
+        groups = group_by_rank(ranks, len(self.sites), single=single)
+        return Ask(self._sent(task), key, groups, hurried, sized=self._clock is not None)
+
+    def _sent(self, task: Task) -> Task:
+        """The task as sites get it: through the server's filters, and with the round's number."""
+        key = (self._job_id, self._journal.commits, self._asks)
         self._asks += 1
         model = replace(task.model, optimizer_params={})
         if self._total is not None:
             model = replace(model, current_round=self._round, total_rounds=self._total)
         sent = apply_filters(self._filters.server_out, model, reference=model, rng=lambda: generator(self._seed, "server_out", *key))
-        groups = group_by_rank(ranks, len(self.sites), single=single)
-        return Ask(replace(task, model=sent), key, groups, hurried)
+        return replace(task, model=sent)
+
+    def _now(self) -> dict[str, float]:
+        """The simulated time, for an event."""
+        return {} if self._clock is None else {"virtual_s": self._clock.now_s}
 
     def _note(self, tally: _Tally, update: Update, task: Task) -> None:
         tally.count(update)
+        self._record(update, task)
+        self._journal.progress(tally.good + len(tally.failures), tally.asked)
+
+    def _record(self, update: Update, task: Task, **facts: Any) -> None:
         about = {"model_of": task.config["model_of"]} if "model_of" in task.config else {}  # a model other than the job's
         if update.failure is not None:
             self._journal.event(
                 "failure", round=self._round, task=task.name, site=update.site,
-                code=update.failure.code, message=update.failure.message, hint=update.failure.hint, **about,
+                code=update.failure.code, message=update.failure.message, hint=update.failure.hint, **about, **facts,
             )  # fmt: skip
         else:
             meta = update.model.meta
             self._journal.event(
                 "update", round=self._round, task=task.name, site=update.site, seconds=update.seconds,
-                metrics=dict(update.model.metrics), weight=meta.get("examples", meta.get("steps")), **about,
+                metrics=dict(update.model.metrics), weight=meta.get("examples", meta.get("steps")), **about, **facts,
             )  # fmt: skip
         for record in update.records:
             self._journal.event(
@@ -276,7 +445,6 @@ class Cohort:
             counts = self._counts.setdefault(task.name, [0, 0])
             counts[0] += update.failure is None
             counts[1] += 1
-        self._journal.progress(tally.good + len(tally.failures), tally.asked)
 
 
 @cache
@@ -331,29 +499,56 @@ def admit(update: Update, task: Task, filters: Sequence[Filter], seed: int) -> U
 def fold_group(
     updates: Iterable[Update], aggregator: Aggregator, task: Task, filters: Sequence[Filter], seed: int
 ) -> tuple[FLModel | None, tuple[Update, ...]]:
-    """Fold one group's updates, each as it comes, so that a site's memory may be used again for the next.
+    """Fold one group's updates, each as it comes, so that a site's memory may be used again for the next; small ones are copied, and folded
+    with those after them.
 
     Returns the partial sum (None if no update was good) and the updates without their parameters, rejected ones with a failure.
     """
     total = aggregator.fresh(task.model)
-    light = tuple([add_one(update, total, task, filters, seed) for update in updates])
+    light: list[Update] = []
+    rejected: dict[str, UpdateRejected] = {}
+    for arrived in updates:
+        update = admit(arrived, task, filters, seed)
+        if small := update.failure is None and size_bytes(update.model.params) <= HELD_BYTES:
+            update = replace(update, model=replace(update.model, params=_copied(update.model.params)))
+        light.append(_add(update, total))
+        if not small:
+            rejected |= total.fold()
+    rejected |= total.fold()
+    for at, update in enumerate(light):
+        if update.site in rejected:
+            light[at] = replace(update, model=FLModel(), failure=Failure.of(rejected[update.site]))
     good = any(update.failure is None for update in light)
-    return (total.partial() if good else None), light
+    return (total.partial() if good else None), tuple(light)
 
 
 def add_one(arrived: Update, total: Aggregator, task: Task, filters: Sequence[Filter], seed: int) -> Update:
     """Through the server's door and into `total`. Returns the update without its parameters; one that was rejected carries a failure."""
-    update = admit(arrived, task, filters, seed)
+    update = _add(admit(arrived, task, filters, seed), total)
+    if update.failure is None and (rejected := total.fold().get(update.site)) is not None:
+        return replace(update, model=FLModel(), failure=Failure.of(rejected))
+    return update
+
+
+def _add(update: Update, total: Aggregator) -> Update:
+    """Into `total`, not folded yet. Returns the update without its parameters; one that was rejected carries a failure."""
     failure = update.failure
     if failure is None:
         try:
             total.add(update)
-            rejected = total.fold().get(update.site)
-            failure = None if rejected is None else Failure.of(rejected)
         except UpdateRejected as error:
             failure = Failure.of(error)
-    model = FLModel() if failure else replace(update.model, params=None, optimizer_params={})
-    return replace(update, model=model, failure=failure)
+    model = update.model
+    light = FLModel() if failure else FLModel(None, model.params_type, {}, model.metrics, model.start_round, model.current_round,
+                                              model.total_rounds, model.meta)  # fmt: skip
+    return replace(update, model=light, failure=failure)
+
+
+def _copied(params: Any) -> Any:
+    """The same in memory of its own."""
+    if isinstance(params, dict) and all(type(array) is np.ndarray for array in params.values()):
+        return {name: array.copy() for name, array in params.items()}
+    return copy.deepcopy(params)
 
 
 class _Tally:
@@ -384,7 +579,7 @@ class _Tally:
     def silent(self, within_s: float | None, grace_s: float | None) -> dict[str, Failure]:
         """The sites that have not answered, each with why it is not waited for any longer."""
         waited = f"{grace_s:g} s of grace after {self.needed} updates" if self.enough and grace_s is not None else f"{within_s} s"
-        failure = Failure("DeadlineExceeded", f"no update within {waited}")
+        failure = _too_late(waited)
         return {site: failure for site in self.sites if site not in self._answered}
 
     def check(self, round: int, task: str) -> None:
@@ -413,3 +608,121 @@ async def _replies(
             except (StopAsyncIteration, TimeoutError):
                 return
             yield item
+
+
+async def _in_simulated_time(
+    source: Callable[[Ask], AsyncGenerator[A, None]],
+    ask: Ask,
+    clock: Clock,
+    within_s: float | None,
+    grace_s: float | None,
+    tally: _Tally,
+    *,
+    in_order: bool,
+) -> AsyncGenerator[A, None]:
+    """What arrives until the deadline of the simulated time, which then is that of the last arrival, or of the deadline.
+
+    A site that cannot be in time is not run. in_order: as they arrive, those of one instant by rank; else as soon as it is known that they
+    are in time.
+    """
+    began_s, task_bytes = clock.now_s, size_bytes(ask.task.model.params)
+    deadline_s = math.inf if within_s is None else began_s + within_s
+
+    def in_time(site: str) -> bool:
+        return clock.earliest_s(site, ask.task, task_bytes=task_bytes, began_s=began_s) <= deadline_s
+
+    def arrival_s(item: A) -> float:
+        return max(clock.arrival_s(update, ask.task, task_bytes=task_bytes, began_s=began_s) for update in _updates_in(item))
+
+    if within_s is not None:
+        ask = replace(ask, groups=tuple(group for group in ask.groups if in_time(group[0])))  # each a group by itself
+    held: list[tuple[float, int, A]] = []
+    last_s, count = began_s, 0
+    ranks = {site: rank for rank, site in enumerate(ask.sites)}
+    async with aclosing(source(ask)) as items:
+        async for item in items:
+            at_s = arrival_s(item)
+            if at_s > deadline_s:
+                _release(item)
+            elif in_order or grace_s is not None:
+                held.append((at_s, ranks[item.site] if isinstance(item, Update) else item.group, item))
+            else:
+                last_s, count = max(last_s, at_s), count + 1
+                yield item
+    held.sort(key=lambda entry: entry[:2])
+    if grace_s is not None:
+        good = [at_s for at_s, _, item in held if _updates_in(item)[0].failure is None]
+        if len(good) >= tally.needed:
+            enough_s = good[tally.needed - 1] if tally.needed else began_s
+            deadline_s = min(deadline_s, enough_s + grace_s)
+    for at_s, _, item in held:
+        if at_s > deadline_s:
+            _release(item)
+            continue
+        clock.now_s = last_s = max(last_s, at_s)
+        count += 1
+        yield item
+    all_there = in_order or within_s is not None or grace_s is not None  # then each site is an item
+    clock.now_s = deadline_s if all_there and count < tally.asked else last_s
+
+
+def _updates_in(item: Update | Folded) -> tuple[Update, ...]:
+    return (item,) if isinstance(item, Update) else item.updates
+
+
+def _release(item: Update | Folded) -> None:
+    if isinstance(item, Folded):
+        item.release()
+
+
+@dataclass(eq=False)
+class _Out:
+    """An asynchronous task that is out. update: its answer, once it is there. The times are of a simulated clock."""
+
+    site: str
+    rank: int
+    ask: Ask
+    running: asyncio.Task[None] | None = None
+    update: Update | None = None
+    late: Update | None = None
+    task_bytes: int = 0
+    began_s: float = 0.0
+    earliest_s: float = 0.0
+    arrival_s: float = 0.0
+    deadline_s: float = math.inf
+
+    def answered(self, update: Update, clock: Clock) -> None:
+        at_s = clock.arrival_s(update, self.ask.task, task_bytes=self.task_bytes, began_s=self.began_s)
+        self.arrival_s = max(at_s, self.earliest_s)
+        if self.arrival_s > self.deadline_s:
+            assert self.late is not None
+            update, self.arrival_s = self.late, self.deadline_s
+        self.update = update
+
+
+async def _next_arrival(
+    out: Mapping[str, _Out], answers: asyncio.Queue[tuple[_Out, Update | Exception]], clock: Clock | None, *, until_s: float
+) -> _Out | None:
+    """The task whose answer is the next to arrive; with a clock, which it sets, None if that is after `until_s`. Raises what carrying a
+    task raised."""
+    while True:
+        first = None
+        if clock is not None:
+            first = min((one for one in out.values() if one.update is not None), key=lambda one: (one.arrival_s, one.rank), default=None)
+            bound_s = until_s if first is None else min(first.arrival_s, until_s)
+            if not any(one.update is None and one.earliest_s <= bound_s for one in out.values()):  # nothing else can come before
+                if first is None or first.arrival_s > until_s:
+                    return None
+                clock.now_s = max(clock.now_s, first.arrival_s)
+                return first
+        one, answer = await answers.get()
+        if isinstance(answer, Exception):
+            raise answer
+        if clock is None:
+            one.update = answer
+            return one
+        one.answered(answer, clock)
+
+
+def _too_late(waited: str) -> Failure:
+    return Failure("DeadlineExceeded", f"no update within {waited}")

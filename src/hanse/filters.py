@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hanse.aggregation.mean import excluded_names
+from hanse.aggregation.form import excluded_names
 from hanse.compression.cast import cast, dtype_named, is_float
 from hanse.errors import ConfigError
 from hanse.messages.flmodel import FLModel, ParamsType

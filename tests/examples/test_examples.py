@@ -13,19 +13,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+from numpy.testing import assert_allclose
+from sklearn.linear_model import LogisticRegression
 
 from hanse import FedAvgRecipe, Run, SimEnv
+from hanse.messages import codec
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 
 
-def run_example(name: str, folder: Path, *, data: Path | str = "/nowhere") -> str:
+def run_example(name: str, folder: Path, *arguments: str, data: Path | str = "/nowhere") -> str:
     """What it prints. It must exit with status 0 and say nothing on standard error."""
     environment = os.environ | {"HANSE_DATA": str(data), "PYTHONHASHSEED": "0"}
-    done = subprocess.run([sys.executable, EXAMPLES / name], cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / name, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+    )
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
@@ -65,6 +71,40 @@ def test_digits_as_functions_stop_by_themselves(tmp_path: Path) -> None:
     assert all(metrics["accuracy"] < 0.88 for metrics in run.metrics[:-1])
     assert f"stopped after round {len(run.metrics)} of 20: accuracy >= 0.88" in printed
     assert {path.name for path in (run.folder / "job" / "code").iterdir()} == {"job_function.py", "train.py"}
+
+
+def test_torchrun_trains_in_two_processes_a_site(tmp_path: Path) -> None:
+    run_example("torchrun/job.py", tmp_path)
+    run = finished(tmp_path, "torchrun")
+    assert run.metrics[0]["accuracy"] < 0.3 < 0.7 < run.metrics[-1]["accuracy"]
+    lines = (run.folder / "logs" / "site-2.log").read_text().splitlines()
+    assert {line.rpartition(":")[0] for line in lines} == {"process 0 of 2", "[1] process 1 of 2"}
+
+
+def test_keras(tmp_path: Path) -> None:
+    run_example("keras/job.py", tmp_path)
+    assert finished(tmp_path, "keras").metrics[-1]["accuracy"] > 0.9
+
+
+def test_monai_on_discs(tmp_path: Path) -> None:
+    printed = run_example("monai/job.py", tmp_path)
+    assert "There is no /nowhere/pneumoniamnist.npz" in printed
+    assert finished(tmp_path, "monai").metrics[-1]["accuracy"] > 0.9
+
+
+def test_monai_on_x_rays(tmp_path: Path, data_folder: Path) -> None:
+    printed = run_example("monai/job.py", tmp_path, data=data_folder)
+    assert "There is no" not in printed
+    assert finished(tmp_path, "monai").facts["best"]["value"] > 0.75
+
+
+def test_local_sgd_trains_many_sites_at_once(tmp_path: Path) -> None:
+    printed = run_example("local_sgd/job.py", tmp_path)
+    run = finished(tmp_path, "local-sgd")
+    assert run.metrics[0]["loss"] > 2 > 1 > run.metrics[-1]["loss"]
+    accuracy = re.search(r"no site has: (0\.\d+)", printed)
+    assert accuracy is not None
+    assert float(accuracy[1]) > 0.7
 
 
 def test_the_script_before_and_after_differ_by_five_lines() -> None:
@@ -133,6 +173,59 @@ def test_linear_without_data_says_so_and_goes_on(tmp_path: Path) -> None:
     assert run.facts["best"]["value"] > 0.95
 
 
+def test_scaffold_is_ahead_where_sites_differ(tmp_path: Path) -> None:
+    printed = run_example("scaffold/job.py", tmp_path)
+    averaged, corrected = (finished(tmp_path, job).metrics[-1]["accuracy"] for job in ("averaged", "scaffold"))
+    assert corrected > averaged + 0.03
+    assert corrected > 0.8
+    assert f"after 15 {corrected:.1%}" in printed
+
+
+def test_a_head_for_each_site_beats_one_model_for_all(tmp_path: Path) -> None:
+    printed = run_example("personal/job.py", tmp_path)
+    shared, own = (finished(tmp_path, job) for job in ("shared", "personal"))
+    assert shared.metrics[-1]["accuracy"] < 0.3
+    assert own.metrics[-1]["accuracy"] > 0.65
+    assert own.metrics[-1]["accuracy"] > float(re.findall(r"alone (\d+\.\d)%", printed)[0]) / 100
+    first, last = (codec.read(own.folder / name)[0].params for name in ("job/model.safetensors", "model.safetensors"))
+    assert all(np.array_equal(first[name], last[name]) is name.startswith("head.") for name in first)
+
+
+def test_a_median_withstands_the_site_that_spoils_a_mean(tmp_path: Path) -> None:
+    printed = run_example("robust/job.py", tmp_path)
+    mean, median = (finished(tmp_path, f"robust-{name}").metrics[-1]["accuracy"] for name in ("mean", "median"))
+    assert mean < 0.3 < 0.8 < median
+    assert printed == f"mean    accuracy {mean:.3f}\nmedian  accuracy {median:.3f}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "jobs", "least"),
+    [
+        ("xgboost/job.py", ["xgboost"], 0.77),
+        ("jax/job.py", ["jax"], 0.95),
+        ("sklearn_models/job.py", ["bayes", "ridge", "svm"], 0.92),
+    ],
+)
+def test_frameworks_give_the_same_bits_simulated_and_in_processes(
+    name: str, jobs: list[str], least: float, tmp_path: Path, data_folder: Path
+) -> None:
+    folders = {argument: tmp_path / (argument or "simulated") for argument in ("", "poc")}
+    for argument, folder in folders.items():
+        folder.mkdir()
+        run_example(name, folder, *argument.split(), data=data_folder)
+    for job in jobs:
+        simulated, real = (finished(folder, job) for folder in folders.values())
+        assert simulated.facts["best"]["value"] > least
+        assert (real.facts["best"], real.metrics) == (simulated.facts["best"], simulated.metrics)
+        models = [(run.folder / "model.safetensors").read_bytes() for run in (simulated, real)]
+        assert models[0] == models[1]
+
+
+def test_xgboost_without_data_says_so_and_goes_on(tmp_path: Path) -> None:
+    assert "There is no /nowhere/credit_default.npz" in run_example("xgboost/job.py", tmp_path)
+    assert finished(tmp_path, "xgboost").facts["best"]["value"] > 0.95
+
+
 def test_an_algorithm_of_your_own_outdoes_the_mean(tmp_path: Path) -> None:
     run_example("own_algorithm/job.py", tmp_path)
     run = finished(tmp_path, "median")
@@ -141,6 +234,56 @@ def test_an_algorithm_of_your_own_outdoes_the_mean(tmp_path: Path) -> None:
     mean = FedAvgRecipe(name="mean", app=app, model=run.get_result().params, rounds=3)
     assert mean.execute(SimEnv(num_clients=8, runs=tmp_path / "runs", console="quiet")).metrics[-1]["accuracy"] < 0.5
     assert len((EXAMPLES / "own_algorithm" / "job.py").read_text().splitlines()) < 40
+
+
+def test_sites_with_different_models_learn_from_each_other(tmp_path: Path) -> None:
+    printed = run_example("distillation/job.py", tmp_path)
+    run = finished(tmp_path, "distillation")
+    first, last = run.metrics[0], run.metrics[-1]
+    assert last["accuracy"] > first["alone"] + 0.2
+    assert min(last["networks"], last["forests"]) > 0.7
+    assert f"on {first['alone']:.0%} of the test digits" in printed
+    assert set(run.get_result().params) == {"scores", "rows"}  # no site's parameters came to the server
+
+
+def test_statistics_groups_and_a_fit(tmp_path: Path, data_folder: Path) -> None:
+    printed = run_example("statistics/job.py", tmp_path, data=data_folder)
+    columns = finished(tmp_path, "statistics").events("statistics")[-1]["columns"]
+    with np.load(data_folder / "credit_default.npz") as file:
+        x, y = file["x"].astype(float), file["y"]
+    assert columns["age"]["groups"][""]["mean"] == pytest.approx(x[:, 4].mean(), rel=1e-12)
+    assert columns["age"]["groups"]["eu"]["count"] == 22_500
+    assert columns["label"]["groups"][""]["sum"] == y.sum()
+    assert all(n == 0 or n >= 20 for site in columns["age"]["sites"].values() for n in site["histogram"]["counts"])
+    assert finished(tmp_path, "groups").get_result().params["counts"].sum() > 29_900  # cells of fewer than 20 are left out
+    fitted = finished(tmp_path, "risk").get_result().params["coef_"]
+    pooled = LogisticRegression(C=np.inf, tol=1e-12, max_iter=1000, solver="newton-cholesky")
+    assert_allclose(fitted, pooled.fit(np.column_stack([x[:, 4], np.log10(x[:, 0]), x[:, 5]]), y).coef_, rtol=1e-4)
+    assert "There is no" not in printed
+
+
+def test_statistics_without_data_say_so_and_go_on(tmp_path: Path) -> None:
+    printed = run_example("statistics/job.py", tmp_path)
+    assert "There is no /nowhere/credit_default.npz" in printed
+    assert finished(tmp_path, "statistics").events("statistics")[-1]["columns"]["radius"]["groups"][""]["count"] == 569
+
+
+def test_lightning_learns_digits(tmp_path: Path) -> None:
+    run_example("lightning/job.py", tmp_path)
+    run = finished(tmp_path, "lightning")
+    assert run.metrics[0]["accuracy"] < 0.3
+    assert run.facts["best"]["value"] > 0.85
+    weights = {event["weight"] for event in run.events("update")}
+    assert weights == {24}  # 2 epochs of 360 pictures in batches of 32, in every round
+
+
+def test_hugging_face_learns_spam_by_adapters(tmp_path: Path, data_folder: Path) -> None:
+    printed = run_example("huggingface/job.py", tmp_path, data=data_folder)
+    run = finished(tmp_path, "spam")
+    assert "23,746 of 67,076 parameters travel" in printed
+    assert sum(tensor.size for tensor in run.get_result().params.values()) == 23_746
+    assert all("lora" in name or "classifier" in name for name in run.get_result().params)
+    assert run.metrics[0]["eval_accuracy"] < 0.88 < 0.96 < run.facts["best"]["value"]  # 87 of 100 messages are no spam
 
 
 def test_cross_site_scores_every_model_everywhere(tmp_path: Path) -> None:
@@ -208,6 +351,25 @@ def processes_in(folder: Path) -> list[list[str]]:
             if process.status() != psutil.STATUS_ZOMBIE and Path(process.cwd()).is_relative_to(folder):
                 found.append(process.cmdline())
     return found
+
+
+def test_asynchronous_needs_less_simulated_time(tmp_path: Path) -> None:
+    printed = run_example("asynchronous/job.py", tmp_path)
+    runs = {name: finished_late(tmp_path, name) for name in ("all-together", "deadline", "buffered", "one-by-one")}
+    ended_s = {name: run.events("round")[-1]["virtual_s"] for name, run in runs.items()}
+    assert ended_s["all-together"] > 10 * ended_s["deadline"] > 15 * ended_s["buffered"]
+    for name in ("all-together", "deadline", "buffered"):
+        assert runs[name].metrics[-1]["accuracy"] >= 0.9
+        assert re.search(rf"{name} +{len(runs[name].metrics)} .* {ended_s[name] / 60:.1f} min", printed)
+    assert float(printed.split()[-1]) > 0.85  # one by one, on all
+
+
+def finished_late(folder: Path, job: str) -> Run:
+    """The complete run of a job whose slow sites may have missed a deadline; nothing else failed."""
+    run = Run(folder / "runs" / f"{job}-001")
+    assert run.get_status() == "completed"
+    assert {event["code"] for event in run.events("failure")} <= {"DeadlineExceeded"}
+    return run
 
 
 def test_every_example_is_described_and_tested() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
-from hanse.server.chart import Columns, Points, bars, curves, nice_steps
+from hanse.server.chart import Columns, Points, bars, curves, histogram, nice_steps
 
 finite = st.floats(-1e100, 1e100)
 
@@ -105,3 +105,11 @@ def test_bars_stand_on_zero() -> None:
     assert chart.y_ticks[0].at == 200.0
     assert "V10.0" in chart.marks[1].path  # 4 s, the top of the axis
     assert "V105.0" in chart.marks[0].path  # half of it
+
+
+def test_a_histogram_has_a_bar_for_each_bin_with_values() -> None:
+    edges, counts = np.array([0.0, 0.5, 1.0, 1.5]), np.array([3.0, 0.0, 1.0])
+    chart = histogram("age", edges, counts, {"eu": np.array([1.0, 1, 0])}, subtitle="", note="", bar_label="all")
+    assert [mark.title for mark in chart.marks] == ["0.0000 to 0.5000: 3 values, 75.0 %", "1.000 to 1.500: 1 values, 25.0 %", "eu"]
+    assert [tick.label for tick in chart.x_ticks] == ["0.0", "0.5", "1.0", "1.5"]
+    assert histogram("none", edges, counts * 0, {}, subtitle="", note="", bar_label="all").marks == []

@@ -95,6 +95,17 @@ async def test_updates_that_come_together_are_all_kept(store: Store) -> None:
     assert await store.update("j", keys[150]) == Payload(inline=b"site-150")
 
 
+async def test_dropping_leaves_tasks_that_are_still_out(store: Store) -> None:
+    await store.add_job(a_job("j"), [])
+    blob = Blob(bytes(32), 1)
+    for commit, index in ((0, 0), (0, 1), (1, 0), (1, 1), (2, 0)):
+        await store.add_update("j-0001", key(commit, index, "a"), Payload(blob=blob) if (commit, index) == (0, 1) else Payload(inline=b"x"))
+    out = [key(0, 1, "a").task, key(1, 0, "a").task]
+    assert await store.drop_updates("j-0001", before_commit=2, but=out) == []
+    assert await store.update_keys("j-0001") == {key(0, 1, "a"), key(1, 0, "a"), key(2, 0, "a")}
+    assert await store.drop_updates("j-0001", before_commit=2, but=[]) == [blob]
+
+
 async def test_dropping_tells_the_blobs_and_leaves_later_commits(store: Store) -> None:
     blobs = [Blob(bytes([number] * 32), number) for number in range(3)]
     await store.add_job(a_job("j"), [])

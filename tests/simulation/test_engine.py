@@ -171,7 +171,7 @@ def test_a_site_that_always_ends_its_worker_is_given_up(
         execute(recipe, workers=2)
     [failure] = Run(failed.value.folder).events("failure")
     assert (failure["site"], failure["round"], failure["code"]) == ("site-4", 1, "WorkerDied")
-    assert failure["message"] == f"the worker process {why}, 3 times, while this site's group ran."
+    assert failure["message"] == f"the worker {why}, 3 times, while this site's group ran."
     run = execute(replace(recipe, min_updates=7), workers=2)
     assert [(event["good"], event["asked"]) for event in run.events("round")] == [(8, 8), (7, 8), (8, 8)]
     assert len(run.events("message")) == 3

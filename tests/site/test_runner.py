@@ -270,10 +270,12 @@ def test_state_lasts_and_a_failed_task_leaves_it_as_it_was() -> None:
 
 @pytest.mark.parametrize(
     ("value", "says"),
-    [(np.zeros(1 << 17), "grown to 1,048,"), ("x" * (1 << 20), "grown to"), ({1, 2}, "JSON values and arrays only")],
+    [(np.zeros(129), "grown to 1,032 bytes of arrays"), ("x" * (1 << 20), "bytes of JSON"), ({1, 2}, "JSON values and arrays only")],
     ids=["array", "text", "set"],
 )
-def test_state_is_small_and_plain(value: Any, says: str) -> None:
+def test_state_is_small_and_plain(monkeypatch: pytest.MonkeyPatch, value: Any, says: str) -> None:
+    monkeypatch.setattr("hanse.site.runner.MAX_STATE_ARRAY_BYTES", 1024)
+
     def train(model: FLModel, site: Site) -> FLModel:
         site.state["x"] = value
         return FLModel()

@@ -458,3 +458,36 @@ def test_torch_scripts_see_nothing_of_each_other(job: Make, how: str, in_place: 
             np.testing.assert_array_equal(update.model.params["weight"], expected)
             assert update.model.metrics == {"loss": 0.5}
     np.testing.assert_array_equal(shared["weight"], 0)
+
+
+STATEFUL = """
+import numpy as np
+import hanse.client as flare
+
+flare.init()
+state = flare.get_state()
+while flare.is_running():
+    model = flare.receive()
+    state["sum"] = state.get("sum", np.zeros(1)) + model.params["w"]
+    state["rounds"] = state.get("rounds", 0) + 1
+    if model.current_round == 1:
+        raise ValueError("not this one")
+    flare.send(flare.FLModel(metrics={"sum": float(state["sum"][0]), "rounds": state["rounds"]}))
+    state["sum"] += 100
+"""
+
+
+def test_a_scripts_state_lasts_when_its_process_does_not(tmp_path: Path) -> None:
+    """Here each task is done by another process's runner; the second one fails, and leaves the state as it was."""
+    path = tmp_path / "train.py"
+    path.write_text(STATEFUL)
+    state: dict[str, Any] = {}
+    seen = []
+    for round in range(4):
+        runner = SiteRunner(Script(path), sink=lambda site, line: None)
+        task = Task("train", FLModel({"w": np.full(1, 2.0)}, current_round=round))
+        update = runner.run(SiteInfo("site-1"), task, TaskId("job", round, 0, "site-1"), state)
+        seen.append(None if update.failure else dict(update.model.metrics))
+        runner.close()
+    assert seen == [{"sum": 2, "rounds": 1}, None, {"sum": 4, "rounds": 2}, {"sum": 6, "rounds": 3}]
+    assert state == {"sum": 6, "rounds": 3}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,7 +22,8 @@ app = typer.Typer(
 
 _EXTRAS = {
     "cryptography": "site", "grpc": "site", "sqlalchemy": "server", "aiosqlite": "server", "asyncpg": "postgres", "obstore": "s3",
-    "torch": "finetuning", "PIL": "finetuning", "starlette": "finetuning", "uvicorn": "finetuning", "pyarrow": "parquet",
+    "torch": "finetuning", "PIL": "finetuning", "starlette": "finetuning", "uvicorn": "finetuning", "pyarrow": "parquet", "ray": "ray",
+    "tensorboardX": "tensorboard", "mlflow": "mlflow", "wandb": "wandb",
 }  # fmt: skip
 """The extra that brings a package which only some commands need."""
 
@@ -38,10 +40,12 @@ def run(
     ] = None,
     workers: Workers = None,
     threads: Annotated[int, typer.Option(help="How many threads each worker computes with.", min=1)] = 1,
+    engine: Annotated[str, typer.Option(help="Where the workers are: processes, of this machine, or ray, a cluster.")] = "processes",
+    address: Annotated[str | None, typer.Option(help="The Ray cluster's head, HOST:PORT, or auto; default: one on this machine.")] = None,
     runs: Annotated[Path, typer.Option(help="Where to make the run folder.")] = Path("runs"),
     json: Json = False,
 ) -> None:
-    """Run a job folder, with simulated sites on this machine."""
+    """Run a job folder, with simulated sites on this machine or a Ray cluster."""
     from hanse.environments import SimEnv
     from hanse.jobs.bundle import read_mapping
     from hanse.jobs.loading import read_job
@@ -50,7 +54,8 @@ def run(
     names = () if number is not None else tuple(name.strip() for name in sites.split(","))
     config = read_mapping(site_config) if site_config else {}
     console = "json" if json else "auto"
-    env = SimEnv(num_clients=number, sites=names, site_config=config, workers=workers, threads=threads, runs=runs, console=console)
+    size: dict[str, Any] = {"workers": workers, "threads": threads, "engine": engine, "address": address}
+    env = SimEnv(num_clients=number, sites=names, site_config=config, **size, runs=runs, console=console)
     read_job(folder).execute(env)
 
 
@@ -80,6 +85,23 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> Non
     from hanse.server.run import Run
 
     typer.echo(Run(folder).report())
+
+
+@app.command()
+def track(
+    folder: Annotated[Path, typer.Argument(help="A run folder.")],
+    to: Annotated[str, typer.Option(help="tensorboard, mlflow or wandb.")],
+    at: Annotated[str | None, typer.Option(help="A folder for TensorBoard, a tracking URI for MLflow, a project for wandb.")] = None,
+    sites: Annotated[bool, typer.Option(help="Each site's values too, and not only the federation's.")] = True,
+) -> None:
+    """Write a run's metrics where they are looked at, and print where that is."""
+    from hanse.server.run import Run
+
+    receivers = entry_points(group="hanse.receivers")
+    if to not in receivers.names:
+        raise ConfigError(f"--to is {to!r}: it must be one of {', '.join(sorted(receivers.names))}")
+    run = Run(folder)
+    typer.echo(receivers[to].load()(run, at, sites=sites))
 
 
 @app.command()

@@ -1,13 +1,14 @@
-"""`SimEnv`: server and sites simulated on this machine."""
+"""`SimEnv`: server and sites simulated on this machine, or the sites on a Ray cluster."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from hanse.client.framework import may_fork
 from hanse.cohort import Cohort
 from hanse.environments.settings import check_console, check_counts, check_site_config, check_sites, roster_of
 from hanse.errors import ConfigError
@@ -18,23 +19,29 @@ from hanse.server.console import Console
 from hanse.server.run import Run
 from hanse.server.run_folder import RunFolder, first_facts, open_run, sites_as_data
 from hanse.server.runner import run_to_end
-from hanse.simulation.engine import SimulatedSites
+from hanse.simulation.clock import Devices, VirtualClock
+from hanse.simulation.engine import Crew, SimulatedSites
+from hanse.simulation.processes import Processes
 from hanse.simulation.worker import Staff
 from hanse.transport.courier import Roster
 
 JOB = "job"
+ENGINES = ("processes", "ray")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimEnv:
-    """Server and sites simulated on this machine: the real workflow, filters and training code, in a few forked processes.
+    """Server and sites simulated: the real workflow, filters and training code, in a few forked processes of this machine, or on Ray.
 
     num_clients: how many sites, named site-1, site-2 and so on. sites: their names, instead.
     site_config: JSON values for single sites, by name, on top of the recipe's `config`.
-    workers: how many processes; None: one for each core. The result has the same bits for any number.
+    workers: how many processes; None: one for each core, of this machine or the Ray cluster. The result has the same bits for any number.
     threads: how many each worker computes with; above 1, workers are fresh interpreters instead of forked ones, and start more slowly.
         It can change the last bits of a result, so it does not follow the machine.
     runs: the folder that run folders are made in. resume: a run folder to go on with, after a stop or a crash.
+    devices: how fast the sites' devices are, for a simulated clock; None: time is real.
+    engine: "processes" of this machine, or "ray": each worker is an actor on a Ray cluster. address: of that, "host:port" of its head, or
+        "auto" on one of its nodes; None: one on this machine, started for the job.
     console: "auto", "plain", "rich", "json" or "quiet".
     """
 
@@ -45,15 +52,26 @@ class SimEnv:
     threads: int = 1
     runs: str | Path = "runs"
     resume: str | Path | None = None
+    devices: Devices | None = None
+    engine: str = "processes"
+    address: str | None = None
     console: str = "auto"
 
     def __post_init__(self) -> None:
         check_sites(self, self.num_clients, self.sites)
         check_counts(self, "workers", "threads")
-        if not hasattr(os, "fork"):
+        self._check_engine()
+        if self.engine == "processes" and not hasattr(os, "fork"):
             raise ConfigError("SimEnv forks its workers, which this system cannot: use Linux, macOS, or WSL on Windows")
         check_console(self, self.console)
         check_site_config(self.site_config, self.roster())
+        given: Any = self.devices
+        if isinstance(given, Mapping):  # out of a run folder
+            object.__setattr__(self, "devices", Devices.of(given))
+        elif not isinstance(given, Devices | None):
+            raise ConfigError(f"SimEnv has devices={given!r}: it must be hanse.Devices(...)")
+        if self.devices is not None:
+            self.devices.check_sites(self.roster())
 
     def roster(self) -> Roster:
         """The sites' names, ranked."""
@@ -63,18 +81,39 @@ class SimEnv:
         """Run the job to its end. Raises JobFailed or JobStopped, which name the run folder, if it does not get there."""
         roster = self.roster()
         recipe.check_sites(len(roster))
-        workers = min(self.workers or os.cpu_count() or 1, len(roster))
+        cores = os.cpu_count() or 1
+        if self.engine == "processes":
+            return self._execute(recipe, roster, self.workers or cores, Processes)
+        from hanse.simulation.ray_engine import RayWorkers, connected  # which raises NotInstalled
+
+        with connected(self.address, cpus=(self.workers or max(cores // self.threads, 1)) * self.threads) as cpus:
+            room = cpus // self.threads
+            if (self.workers or 1) > room:
+                raise ConfigError(f"SimEnv has workers={self.workers or 1}, of {self.threads} threads each: the cluster has {cpus} CPUs")
+            return self._execute(recipe, roster, self.workers or room, RayWorkers)
+
+    def _execute(self, recipe: Recipe, roster: Roster, workers: int, crew: Callable[[Staff], Crew]) -> Run:
+        workers = min(workers, len(roster))
         console = Console(self.console)
         folder = self._open_folder(recipe, roster, workers, console)
         with folder.held():
-            self._run(recipe, roster, workers, folder)
+            self._run(recipe, roster, workers, crew, folder)
         return Run(folder.path)
 
-    def _run(self, recipe: Recipe, roster: Roster, workers: int, folder: RunFolder) -> None:
+    def _check_engine(self) -> None:
+        if self.engine not in ENGINES:
+            raise ConfigError(f"SimEnv has engine={self.engine!r}: it must be one of {', '.join(ENGINES)}")
+        if self.address is not None and (self.engine != "ray" or not isinstance(self.address, str)):
+            raise ConfigError(f"SimEnv has address={self.address!r}: it is 'host:port' of a Ray cluster's head, with engine='ray'")
+
+    def _run(self, recipe: Recipe, roster: Roster, workers: int, crew: Callable[[Staff], Crew], folder: RunFolder) -> None:
         folder.write_facts(status="running", reason="")
         model, states = recipe.first_model()[0], dict[str, bytes]()
+        clock = None if self.devices is None else VirtualClock(self.devices)
         if self.resume is not None and (restored := folder.resume()) is not None:
             model, states = restored[0], dict(restored[1])
+            if clock is not None:
+                clock.now_s = Run(folder.path).events("round")[-1].get("virtual_s", 0.0)
         staff = Staff.of(
             recipe,
             roster,
@@ -89,9 +128,9 @@ class SimEnv:
             def warn(text: str) -> None:
                 folder.event("message", level="warning", text=text)
 
-            async with SimulatedSites(staff, workers=workers, states=states, warn=warn) as sites:
+            async with SimulatedSites(staff, workers=workers, crew=crew(staff), states=states, warn=warn) as sites:
                 folder.states = lambda: sites.states
-                cohort = Cohort(sites, folder, job_id=recipe.name, seed=recipe.seed, filters=recipe.filters)
+                cohort = Cohort(sites, folder, job_id=recipe.name, seed=recipe.seed, filters=recipe.filters, clock=clock)
                 return await recipe.workflow()(cohort, model)
 
         folder.event(
@@ -112,12 +151,19 @@ class SimEnv:
             try:
                 recipe.export(job)
             except ConfigError as error:
-                if self.threads > 1:
+                if self.threads > 1 or self.engine != "processes":
                     raise
+                if not may_fork():
+                    hint = "This process holds a framework's threads, such as JAX's, so that workers must start from the job's folder."
+                    raise ConfigError(error.message, hint=f"{error.hint} {hint}".strip()) from error
                 console.show(
                     {"event": "message", "level": "warning", "text": f"{error}. It runs, but cannot be resumed from its folder alone."}
                 )
         described = {name: value for name, value in asdict(self).items() if name not in ("resume", "runs", "console", "workers")}
+        if self.devices is None:
+            del described["devices"]
+        if self.engine == "processes":
+            del described["engine"], described["address"]
         facts = first_facts(recipe, roster, job, described) if self.resume is None else _facts_of_same_job(path, recipe, roster)
         return RunFolder(path, facts | {"workers": workers}, listen=console.show, progress=console.progress)
 

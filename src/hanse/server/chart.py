@@ -190,6 +190,40 @@ def bars(title: str, heights: Points, lines: Mapping[str, Points], *, subtitle: 
     )
 
 
+def histogram(title: str, edges: Floats, counts: Floats, lines: Mapping[str, Floats], *, subtitle: str, note: str, bar_label: str) -> Chart:
+    """How large a share of the values lies in each bin, as bars, and that of parts of them as lines, at most MAX_COLOURS, by their labels.
+
+    edges: shape (b + 1,), rising. counts, and each of the lines: shape (b,).
+    """
+    middles = (edges[:-1] + edges[1:]) / 2
+    shares = _shares(counts)
+    parts = {label: _shares(line) for label, line in list(lines.items())[:MAX_COLOURS]}
+    plane = _Plane.around([edges], [np.zeros(1), shares, *parts.values()])
+    marks = [
+        Mark(
+            f"M{plane.px(left):.1f},{plane.py(0):.1f}V{plane.py(share):.1f}H{plane.px(right):.1f}V{plane.py(0):.1f}z",
+            "bar",
+            f"{number(left)} to {number(right)}: {number(int(count))} values, {100 * share:.1f} %",
+        )
+        for left, right, count, share in zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), shares.tolist(), strict=True)
+        if count
+    ]
+    legend = [("bar", bar_label)]
+    for rank, (label, part) in enumerate(parts.items()):
+        marks.append(plane.mark(Points(middles, part), len(middles), f"site s{rank}", label))
+        legend.append((f"site s{rank}", label))
+    return Chart(
+        title=title,
+        subtitle=subtitle,
+        note=note,
+        x_label="",
+        marks=marks,
+        legend=legend,
+        x_ticks=plane.value_ticks(),
+        y_ticks=plane.y_ticks(),
+    )
+
+
 def nice_steps(low: float, high: float, count: int, *, whole: bool = False) -> list[float]:
     """About `count` round numbers, evenly spaced, the first at most `low` and the last at least `high`. `whole`: whole numbers only."""
     if not high - low > 1e-300:  # powers of ten below that have lost their digits
@@ -238,13 +272,14 @@ class _Plane:
         return [Tick(self.px(at), f"{at:,.0f}") for at in inside]
 
     def y_ticks(self) -> list[Tick]:
-        step = self.y_steps[1] - self.y_steps[0]
-        digits = max(0, -math.floor(math.log10(step) + 1e-9))
-        digits += not math.isclose(round(step, digits), step, rel_tol=1e-6)  # a step of 2.5 × 10ⁿ has one digit more
-        largest = max(map(abs, self.y_steps))
-        plain = len(f"{largest:,.{digits}f}") <= 8
-        exact = max(2, 2 + math.floor(math.log10(largest / step)))  # significant digits that keep neighbours apart
-        return [Tick(self.py(at), f"{at + 0.0:,.{digits}f}" if plain else f"{at:.{exact}g}") for at in self.y_steps]
+        return [Tick(self.py(at), label) for at, label in zip(self.y_steps, _labels(self.y_steps), strict=True)]
+
+    def value_ticks(self) -> list[Tick]:
+        """Of an x axis of measured values."""
+        steps = nice_steps(self.x_low, self.x_high, 5)
+        slack = (self.x_high - self.x_low) * 1e-9
+        inside = [self.x_low - slack <= at <= self.x_high + slack for at in steps]
+        return [Tick(self.px(at), label) for at, label, shown in zip(steps, _labels(steps), inside, strict=True) if shown]
 
     def mark(self, points: Points, max_points: int, look: str, title: str) -> Mark:
         """The curve; a gap at each NaN. A point alone is a stroke of no length, which round ends make a dot."""
@@ -265,9 +300,26 @@ class _Plane:
         return f"M{'L'.join(up + down[::-1])}z" if up else ""
 
 
+def _labels(steps: Sequence[float]) -> list[str]:
+    """Evenly spaced values as they stand beside an axis, neighbours told apart."""
+    step = steps[1] - steps[0]
+    digits = max(0, -math.floor(math.log10(step) + 1e-9))
+    digits += not math.isclose(round(step, digits), step, rel_tol=1e-6)  # a step of 2.5 × 10ⁿ has one digit more
+    largest = max(map(abs, steps))
+    plain = len(f"{largest:,.{digits}f}") <= 8
+    exact = max(2, 2 + math.floor(math.log10(largest / step)))  # significant digits that keep neighbours apart
+    return [f"{at + 0.0:,.{digits}f}" if plain else f"{at:.{exact}g}" for at in steps]
+
+
 def _finite(values: Floats) -> Floats:
     """`values` with NaN for everything that cannot be drawn."""
     return np.where(np.abs(values) < LARGEST, values, np.nan)
+
+
+def _shares(counts: Floats) -> Floats:
+    """Each part of the sum; 0 if there is none."""
+    total = float(counts.sum())
+    return counts / total if total > 0 else np.zeros(len(counts))
 
 
 def _rising(x: npt.NDArray[np.int64], y: Floats) -> Points:

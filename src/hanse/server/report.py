@@ -25,6 +25,7 @@ import numpy as np
 
 from hanse.errors import ConfigError, NotInstalled
 from hanse.server.chart import Chart, Columns, Points, bars, curves
+from hanse.server.statistics_section import statistics_section
 from hanse.server.wording import as_number, duration, in_order, number, plural, printable, quantity
 
 MAX_CHARTS = 12  # of metrics; what does not fit is named in a sentence
@@ -120,6 +121,7 @@ class History:
     logs: deque[Event] = field(default_factory=lambda: deque(maxlen=MAX_ROWS))
     messages: deque[Event] = field(default_factory=lambda: deque(maxlen=MAX_ROWS))
     cross_site: Event | None = None
+    statistics: Event | None = None
     resume: str = ""
 
     @classmethod
@@ -152,6 +154,8 @@ class History:
                 self.rounds[int(event.get("round") or 0)] = event
             case "cross_site":
                 self.cross_site = event
+            case "statistics":
+                self.statistics = event
             case "message":
                 self.messages.append(event)
             case "end":
@@ -230,6 +234,7 @@ def _view(run: Event, history: History, folder: Path) -> dict[str, Any]:
     count = max(len(history.sites), int(sites.get("count", 0)) if isinstance(sites, dict) else 0)
     charts = _metric_charts(history, best["metric"] if best else "")
     shown = _sites_shown(history.sites)
+    described, described_left_out = statistics_section(history.statistics)
     return {
         "run": run,
         "job": job,
@@ -253,6 +258,8 @@ def _view(run: Event, history: History, folder: Path) -> dict[str, Any]:
         "sites_cut": len(history.sites) - len(shown),
         "site_metrics": _site_metrics(history)[:6],
         "matrices": _matrices(history.cross_site),
+        "described": described,
+        "described_left_out": described_left_out,
         "tracked": [_tracked_chart(key, tracked, history) for key, tracked in list(history.tracked.items())[:MAX_TRACKED]],
         "tracked_left_out": list(history.tracked)[MAX_TRACKED:],
         "params": [(key, value, _named(where, history.sites)) for (key, value), where in history.params.items()],

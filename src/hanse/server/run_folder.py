@@ -78,7 +78,7 @@ class RunFolder:
             self._round = facts["round"]
         if kind in ("start", "round", "end"):
             event["time"] = time.time()
-        self._pending.append(json.dumps(event, default=scalar) + "\n")
+        self._pending.append(_encode(event) + "\n")
         self._listen(event)
 
     def progress(self, done: int, asked: int) -> None:
@@ -273,3 +273,6 @@ def open_run(path: Path) -> dict[str, Any]:
 def scalar(value: Any) -> Any:
     """NumPy's numbers as Python's; anything else by its text."""
     return value.item() if hasattr(value, "item") and getattr(value, "size", 1) == 1 else str(value)
+
+
+_encode = json.JSONEncoder(default=scalar).encode  # `json.dumps` makes one each time

@@ -274,6 +274,8 @@ class RunningJob:
     def _asked(self, ask: Ask, inline: bytes | None) -> None:
         payload = Payload(inline=inline, blob=ask.blob)
         kept = {site for site in ask.sites if UpdateKey(ask.task, site) in self._kept}
+        for task in [task for task, out in self._open.items() if task.commit < ask.task.commit and not out.asked]:
+            self._give_up(task)  # asynchronous, and of a process that died: this one goes on from a later commit
         self._close(ask.task)
         self._closed.discard(ask.task)
         out = self._open[ask.task] = _Open(payload, frozenset(ask.sites), set(ask.sites))
@@ -303,12 +305,14 @@ class RunningJob:
         return out
 
     async def _committed(self, commits: int, rounds: int) -> None:
-        self._kept = {key for key in self._kept if key.task.commit >= commits}
+        for task, out in list(self._open.items()):
+            if task.commit < commits and not out.asked:  # of a process that died, and not asked for again
+                self._close(task)
+        earlier = [task for task in self._open if task.commit < commits]  # asynchronous: their updates are still to be taken
+        self._kept = {key for key in self._kept if key.task.commit >= commits or key.task in self._open}
         self._closed = {task for task in self._closed if task.commit >= commits}
         self._early.clear()
-        for task in [task for task in self._open if task.commit < commits]:  # of a process that died, and not asked for again
-            self._close(task)
-        for blob in await self._store.drop_updates(self.id, before_commit=commits, commits=commits, rounds=rounds):
+        for blob in await self._store.drop_updates(self.id, before_commit=commits, but=earlier, commits=commits, rounds=rounds):
             await self._blobs.remove(blob)
 
     def _await_return(self, task: TaskRef, out: _Open, site: str) -> None:

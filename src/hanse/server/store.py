@@ -262,14 +262,16 @@ class Store:
             raise KeyError(key)
         return Payload(rows[0]["inline"], None if rows[0]["blob"] is None else _unpacked(rows[0]["blob"]))
 
-    async def drop_updates(self, job: str, *, before_commit: int | None = None, **changes: Any) -> list[Blob]:
+    async def drop_updates(self, job: str, *, before_commit: int | None = None, but: Sequence[TaskRef] = (), **changes: Any) -> list[Blob]:
         """Forget a job's updates, or those of tasks before that many commits. Returns the blobs that held some of them.
 
-        changes: of the job, in the same transaction.
+        but: tasks whose updates stay. changes: of the job, in the same transaction.
         """
         which = _updates.c.job == job
         if before_commit is not None:
             which &= _updates.c.commit < before_commit
+        if but:
+            which &= sa.tuple_(_updates.c.commit, _updates.c.index).not_in([(task.commit, task.index) for task in but])
         async with self._write() as connection:
             if changes:
                 await connection.execute(sa.update(_jobs).where(_jobs.c.id == job).values(changes))

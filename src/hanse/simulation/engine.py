@@ -1,17 +1,15 @@
-"""The simulator's courier: a few forked worker processes that run all sites, replaced when they die."""
+"""The simulator's courier: a few workers that run all sites, replaced when they die."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import os
-import signal
-import sys
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from hanse.aggregation.aggregator import Aggregator
 from hanse.client.script import Script
@@ -19,18 +17,60 @@ from hanse.cohort import fold_group, group_of
 from hanse.errors import Failure, LinkBroken
 from hanse.jobs.parts import describe_part
 from hanse.messages.codec import decode, decode_update, encode_task
+from hanse.messages.task import Task
 from hanse.messages.update import Update
-from hanse.simulation.worker import Begin, Close, Closed, End, Run, Staff, decode_answer, encode_order, work
-from hanse.site.process import preload
+from hanse.simulation.processes import Processes
+from hanse.simulation.together import joined
+from hanse.simulation.worker import Begin, Close, Closed, End, Run, Staff, decode_answer, encode_order
 from hanse.site.script import Ending
 from hanse.transport.courier import Ask, Folded
-from hanse.transport.memory import Body, MemoryLink, Received, SharedBody, map_shared
+from hanse.transport.memory import Body, Buffer, Received, map_shared
 
 TRIES = 3
 """So many times a group of sites is run whose worker dies before it is given up."""
 AHEAD = 4
 """Partial sums that wait for an earlier group: at most this many for each worker."""
 CLOSE_WITHIN_S = 10.0
+
+
+class WorkerLink(Protocol):
+    """A running worker, as the engine sees it. What it is told it does in that order, and so its answers come.
+
+    name: for messages, such as "worker process 4711". pid: where it runs; 0 while it is not known.
+    """
+
+    name: str
+    pid: int
+
+    def send(self, message: bytes) -> None:
+        """Tell it something. Raises LinkBroken if it is known to be gone."""
+
+    def send_shared(self, message: bytes, body: Any) -> None:
+        """Tell it something, with a body that its crew shares."""
+
+    def receive_ready(self) -> list[Received]:
+        """The answers that are there. Raises LinkBroken once it is gone and nothing is left."""
+
+    def end(self) -> str:
+        """See to it that it has ended; nothing is heard of it any more. Returns how: "was killed by SIGKILL"."""
+
+
+class Crew(Protocol):
+    """Where workers come from: processes of this machine, or actors of a Ray cluster."""
+
+    async def open(self, workers: int) -> None:
+        """Make ready for so many. Raises a HanseError if they cannot be had."""
+
+    async def close(self) -> None:
+        """All workers have been ended."""
+
+    def start(self, hear: Callable[[], None]) -> WorkerLink:
+        """A new worker. `hear` is called on the event loop when there may be something to receive."""
+
+    def share(self, parts: Iterable[Buffer]) -> Any:
+        """A body that all workers can be sent, written once; `drop` it when none will be sent it any more."""
+
+    def drop(self, body: Any) -> None: ...
 
 
 @dataclass(eq=False)
@@ -50,7 +90,7 @@ class _Asking:
 
     ask: Ask
     number: int
-    body: SharedBody
+    body: Any
     fold: dict[str, Any] | None
     results: asyncio.Queue[tuple[int, tuple[Update, ...], Body | None]] = field(default_factory=asyncio.Queue)
     told: set[int] = field(default_factory=set)
@@ -65,24 +105,31 @@ class _Asking:
 
 @dataclass(eq=False)
 class _Worker:
-    pid: int
-    link: MemoryLink
+    link: WorkerLink
     orders: deque[_Order] = field(default_factory=deque)
     closed: asyncio.Future[tuple[Ending, ...]] | None = None
 
 
 class SimulatedSites:
-    """Carries tasks to sites that live in `workers` forked processes. Enter it, and its workers are there; leave it, and they are gone.
+    """Carries tasks to sites that live in so many `workers`. Enter it, and its workers are there; leave it, and they are gone.
 
+    crew: where the workers come from; None: they are processes of this machine.
     A worker that dies is replaced and its sites' tasks run again, from the state the sites had before, so the result has the same bits.
     Scripts stay in their worker, since their variables live there; functions run wherever there is room.
     """
 
     def __init__(
-        self, staff: Staff, *, workers: int, states: Mapping[str, bytes] | None = None, warn: Callable[[str], None] = print
+        self,
+        staff: Staff,
+        *,
+        workers: int,
+        crew: Crew | None = None,
+        states: Mapping[str, bytes] | None = None,
+        warn: Callable[[str], None] = print,
     ) -> None:
         self.roster = staff.roster
         self._staff = staff
+        self._crew = Processes(staff) if crew is None else crew
         self._count = workers
         self._warn = warn
         self._lanes = isinstance(staff.code, Script)
@@ -90,12 +137,12 @@ class SimulatedSites:
         self._orders: list[deque[_Order]] = [deque() for _ in range(workers + 1)]  # by lane, the last for any worker
         self._asks = 0
         self._active: set[_Asking] = set()
+        self._bodies: dict[int, tuple[Any, int]] = {}  # by the identity of a task that is out: its body, and how many asks have it
         self.states: dict[str, bytes] = dict(states or {})
         """What each site keeps across rounds, as frames, after the last task it did."""
 
     async def __aenter__(self) -> SimulatedSites:
-        if self._staff.threads == 1:
-            preload(self._staff.code, self._staff.framework)
+        await self._crew.open(self._count)
         for slot in range(self._count):
             self._workers[slot] = self._start(slot)
         return self
@@ -106,13 +153,14 @@ class SimulatedSites:
                 await self._close_gently()
         finally:
             for worker in self._living:
-                self._end(worker)
+                worker.link.end()
             self._workers = [None] * self._count
+            await self._crew.close()
 
     @property
     def pids(self) -> list[int]:
         """The workers' process ids."""
-        return [worker.pid for worker in self._living]
+        return [worker.link.pid for worker in self._living]
 
     @property
     def _living(self) -> list[_Worker]:
@@ -137,9 +185,12 @@ class SimulatedSites:
             async for folded in self._fold_here(ask, aggregator):
                 yield folded
             return
-        asking = self._begin(ask, list(ask.groups), fold=description)
+        groups = list(ask.groups)
+        if not ask.hurried and not ask.sized and self._staff.trains_together(ask.task):
+            groups = joined(groups)
+        asking = self._begin(ask, groups, fold=description)
         try:
-            for _ in ask.groups:
+            for _ in groups:
                 group, updates, body = await asking.results.get()
                 total = None if body is None else decode(body.buffer)[0]
                 yield Folded(group, total, updates, partial(self._through, asking, group, body))
@@ -163,13 +214,26 @@ class SimulatedSites:
 
     def _begin(self, ask: Ask, groups: list[tuple[str, ...]], fold: dict[str, Any] | None) -> _Asking:
         self._asks += 1
-        asking = _Asking(ask, self._asks, SharedBody(encode_task(ask.task)), fold)
+        asking = _Asking(ask, self._asks, self._share(ask.task), fold)
         self._active.add(asking)
         for number, sites in enumerate(groups):
             lane = self._lane(sites[0]) if self._lanes else None
             self._orders[self._count if lane is None else lane].append(_Order(asking, number, sites, lane))
         self._dispatch()
         return asking
+
+    def _share(self, task: Task) -> Any:
+        """The task's body; asynchronous asks of one version have the same task, and its memory once."""
+        body, asks = self._bodies.get(id(task)) or (self._crew.share(encode_task(task)), 0)
+        self._bodies[id(task)] = body, asks + 1
+        return body
+
+    def _drop(self, task: Task) -> None:
+        body, asks = self._bodies.pop(id(task))
+        if asks > 1:
+            self._bodies[id(task)] = body, asks - 1
+        else:
+            self._crew.drop(body)
 
     def _lane(self, site: str) -> int:
         """The worker a scripted site lives in: by its group in the roster, so that none is split; to and fro, since groups shrink."""
@@ -191,7 +255,7 @@ class SimulatedSites:
                 self._bury(slot, but=asking)
             elif slot in asking.told:
                 self._send(slot, End(asking.number))
-        asking.body.close()
+        self._drop(asking.ask.task)
         self._dispatch()
 
     def _dispatch(self) -> None:
@@ -222,10 +286,10 @@ class SimulatedSites:
         states = {site: self.states[site] for site in order.sites if site in self.states}
         if slot not in asking.told:
             asking.told.add(slot)
-            self._send(slot, Begin(asking.number, asking.fold), asking.body)
+            self._send(slot, Begin(asking.number, asking.fold, asking.ask.sized), asking.body)
         self._send(slot, Run(asking.number, order.group, asking.ask.key, list(order.sites), states))
 
-    def _send(self, slot: int, message: Begin | Run | End | Close, body: SharedBody | None = None) -> None:
+    def _send(self, slot: int, message: Begin | Run | End | Close, body: Any = None) -> None:
         """To a worker that is alive; if it has just died, its link's end will be noticed and its orders given again."""
         if (worker := self._workers[slot]) is None:
             return
@@ -266,49 +330,16 @@ class SimulatedSites:
     # the workers
 
     def _start(self, slot: int) -> _Worker:
-        """A new worker: forked from this process, which takes no time and shares its memory; if it is to compute with several threads,
-        a fresh interpreter, since threads do not survive a fork."""
-        here, there = MemoryLink.pair()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if self._staff.threads > 1:
-            there.socket.set_inheritable(True)
-            command = [sys.executable, "-m", "hanse.simulation.worker", str(there.socket.fileno())]
-            pid = os.posix_spawn(sys.executable, command, os.environ)
-            here.send(encode_order(self._staff.hello()))
-        elif (pid := os.fork()) == 0:
-            work(there, partial(self._leave_to_worker, here), 1)
-        there.close()
-        asyncio.get_running_loop().add_reader(here.socket, self._hear, slot)
-        return _Worker(pid, here)
-
-    def _leave_to_worker(self, here: MemoryLink) -> Staff:
-        """In the forked process: let go of what is the engine's, so that it is gone when the engine lets go of it."""
-        asyncio._set_running_loop(None)
-        for link in (here, *(worker.link for worker in self._living)):
-            link.close()
-        for asking in self._active:
-            asking.body.close()
-        return self._staff
-
-    def _end(self, worker: _Worker) -> int:
-        """Kill a worker, if it is not dead already. Returns its wait status."""
-        asyncio.get_running_loop().remove_reader(worker.link.socket)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(worker.pid, signal.SIGKILL)
-        status = os.waitpid(worker.pid, 0)[1]
-        worker.link.close()
-        return status
+        return _Worker(self._crew.start(partial(self._hear, slot)))
 
     def _bury(self, slot: int, *, but: _Asking | None = None) -> None:
         """Clear up after a dead worker: its orders wait for a new one, save those of the ask `but`, which has been given up."""
         worker = self._workers[slot]
         assert worker is not None
-        code = os.waitstatus_to_exitcode(self._end(worker))
+        why = worker.link.end()
         self._workers[slot] = None
-        why = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         if but is None:
-            self._warn(f"worker process {worker.pid} {why}: a new one takes its place, and what it was at runs again")
+            self._warn(f"{worker.link.name} {why}: a new one takes its place, and what it was at runs again")
         for asking in self._active:
             asking.told.discard(slot)
         for number, order in enumerate(reversed(worker.orders)):
@@ -317,7 +348,7 @@ class SimulatedSites:
             order.tries += but is None and number == len(worker.orders) - 1
             if order.tries >= TRIES:
                 hint = "Look for what ends the process: memory, a crash in native code, os._exit."
-                failure = Failure("WorkerDied", f"the worker process {why}, {TRIES} times, while this site's group ran.", hint)
+                failure = Failure("WorkerDied", f"the worker {why}, {TRIES} times, while this site's group ran.", hint)
                 updates = tuple(Update(site, order.asking.ask.task_id(site), failure=failure) for site in order.sites)
                 order.asking.results.put_nowait((order.group, updates, None))
             else:
@@ -325,10 +356,9 @@ class SimulatedSites:
 
     def _has_ended(self, worker: _Worker) -> None:
         """A worker that was told to close is gone; one that died before its scripts had ended is not waited for."""
-        asyncio.get_running_loop().remove_reader(worker.link.socket)
         if worker.closed is not None and not worker.closed.done():
             worker.closed.set_result(())
-            self._warn(f"worker process {worker.pid} died while its scripts ran to their end")
+            self._warn(f"{worker.link.name} died while its scripts ran to their end")
 
     async def _close_gently(self) -> None:
         """Let scripts run to their end, for a while."""
@@ -348,7 +378,7 @@ class SimulatedSites:
                 if ending.failure is not None:
                     self._warn(f"{ending.site}, after the job's end: {ending.failure}")
         if late:
-            self._warn(f"{len(late)} worker processes did not end their scripts within {CLOSE_WITHIN_S:g} s and were killed")
+            self._warn(f"{len(late)} workers did not end their scripts within {CLOSE_WITHIN_S:g} s and were killed")
 
 
 def _own_update(received: Received) -> Update:

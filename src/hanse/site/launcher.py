@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from hanse.app import MAX_STATE_BYTES
+from hanse.app import MAX_STATE_ARRAY_BYTES, MAX_STATE_BYTES
 from hanse.errors import LinkBroken
 from hanse.sandbox import Sandbox, environment
 from hanse.site import orders
@@ -20,7 +20,7 @@ from hanse.transport.memory import MemoryLink
 
 _SAID_BYTES = 2_000
 
-MAX_MESSAGE_BYTES = 4 * MAX_STATE_BYTES
+MAX_MESSAGE_BYTES = MAX_STATE_ARRAY_BYTES + 4 * MAX_STATE_BYTES
 """Of one from a trainer, besides its body: the site's state has the most."""
 
 

@@ -37,6 +37,10 @@ class Output:
             sys.stdout, sys.stderr = real
             self._site = None
 
+    def turn_to(self, site: str) -> None:
+        """Within `of`: what is printed from now on comes from `site`."""
+        self._site = site
+
     def close(self) -> None:
         """Give out lines that never got an end."""
         for site, line in self._begun.items():

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from hanse.app import MAX_STATE_BYTES, App, Site
+from hanse.app import MAX_STATE_ARRAY_BYTES, MAX_STATE_BYTES, App, Site, Stack
 from hanse.client.framework import from_arrays, load_adapter, map_leaves, number, seed_all, to_arrays, twins
 from hanse.client.script import Script
 from hanse.client.session import SiteInfo
@@ -23,9 +23,26 @@ from hanse.messages.update import Record, Update
 from hanse.seeds import generator, seed_for
 from hanse.site.failure import failure_of
 from hanse.site.output import Output, Sink
+from hanse.site.personal import LOCAL, keep, recall
 from hanse.site.script import Ending, ScriptHost
 
 _PRIVATE_FROM_BYTES = 32 << 20  # below, a mapping for each site costs more than a copy for all
+
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """What several sites made of a task at once: their updates without parameters, and these as arrays of shape (sites, …)."""
+
+    updates: Sequence[Update]
+    params: Mapping[str, Array]
+
+    def each(self) -> Iterator[Update]:
+        """The updates with their parameters."""
+        for row, update in enumerate(self.updates):
+            yield replace(update, model=replace(update.model, params={name: array[row] for name, array in self.params.items()}))
 
 
 class SiteRunner:
@@ -46,6 +63,7 @@ class SiteRunner:
         self._framework = framework
         self._output = Output(sink)
         self._tensors: tuple[Any, Any] | None = None
+        self._shared: tuple[FLModel, FLModel] | None = None
         if framework:
             load_adapter(framework)  # and with it the framework, so that it is seeded for the first site too
         self._code = code if isinstance(code, App) else ScriptHost(code, self._output)
@@ -55,30 +73,71 @@ class SiteRunner:
     ) -> Update:
         """Do the task as the site that `info` describes. An exception in training code makes an update with a failure.
 
-        state: the site's, of function apps; changed in place if the task succeeds.
+        state: the site's; changed in place if the task succeeds.
         private: gives the task's model over writable memory that this site has to itself, such as a copy-on-write mapping, so that its
             arrays become tensors without a copy. Used for models of 32 MiB or more, where there are no `site_in` filters.
         The update's arrays may share memory with those of the code, which may use one model for every site: they are good until the next
         `run`.
         """
         began_s = time.perf_counter()
-        records: list[Record] = []
+        before, records = dict(state), list[Record]()
         streams = (info.name, task.name, task_id.commit, task_id.index)
         try:
-            shared = _shared(task.model)
-            reference = _shared(self._filtered("site_in", shared, shared, info, streams))
-            given = self._given(task.model, reference, private)
+            shared = self._shared_of(task.model)
+            reference = _shared(self._filtered("site_in", shared, shared, info, streams)) if self._filters.site_in else shared
+            config = {**info.config, **task.config}
+            own = recall(reference, config, state)
+            given = self._given(task.model, reference, private) if own is reference else self._given(_shared(own), _shared(own), None)
             seed = seed_for(info.seed, "train", *streams)
             if isinstance(self._code, App):
-                answer = self._call(self._code, info, replace(task, model=given), seed, streams, state, records)
+                answer = self._call(self._code, info, Task(task.name, given, task.config), seed, streams, state, records)
             else:
-                answer = self._code.perform(info, replace(task, model=given), seed=seed, records=records)
-            model = self._filtered("site_out", _checked(answer), reference, info, streams)
+                after = copy.deepcopy(state) if state else {}
+                answer = self._code.perform(info, replace(task, model=given), seed=seed, records=records, state=after)
+                _renew(state, after)
+            leaving, kept = keep(_checked(answer), own, config)
+            model = self._filtered("site_out", leaving, reference, info, streams)
+            if kept:
+                _check_state(mine := {**state, LOCAL: {**state.get(LOCAL, {}), **kept}})
+                state.update(mine)
         except (Exception, SystemExit) as error:
+            _replace(state, before)  # what was kept last may have come before a filter that raised
             failure, traceback = failure_of(error)
             seconds = time.perf_counter() - began_s
             return Update(info.name, task_id, failure=failure, seconds=seconds, records=(*records, traceback))
         return Update(info.name, task_id, model, seconds=time.perf_counter() - began_s, records=tuple(records))
+
+    def together(
+        self, infos: Sequence[SiteInfo], task: Task, key: tuple[str, int, int], states: Mapping[str, Mapping[str, Any]]
+    ) -> Iterator[Stacked]:
+        """Do the task at many sites at once, those of them that can be; the others are left to `run`, such as one that fails.
+
+        key: what the sites' task ids begin with. Global generators are seeded once for all. What a stack shares its memory with is good
+        until the next one is asked for.
+        """
+        if not isinstance(self._code, App) or not trains_together(self._code, self._filters, task, {}):
+            return
+        handler = self._code.together(task.name)
+        alone = [info for info in infos if not states.get(info.name) and LOCAL not in info.config]
+        if handler is None or len(alone) < 2:
+            return
+        sites = [self._site(info, task, (info.name, task.name, *key[1:]), {}, []) for info in alone]
+        began_s = time.perf_counter()
+        seed_all(seed_for(alone[0].seed, "train", alone[0].name, task.name, *key[1:]))
+        try:
+            model = replace(task.model, params=self._tensors_of(task.model))
+            with self._output.of(alone[0].name):
+                for stack in handler.together(model, self._in_turn(sites)):
+                    seconds = (time.perf_counter() - began_s) / len(stack.rows)
+                    yield _stacked([sites[row] for row in stack.rows], stack, key, seconds)
+                    began_s = time.perf_counter()
+        except Exception:  # what was not done is done one by one, where it fails again if it must, and says for which site
+            return
+
+    def _in_turn(self, sites: Sequence[Site]) -> Iterator[Site]:
+        for site in sites:
+            self._output.turn_to(site.name)
+            yield site
 
     def close(self) -> list[Ending]:
         """The job is over: scripts run to their end. Returns what sites still had to say."""
@@ -94,7 +153,13 @@ class SiteRunner:
             params = twins(self._tensors_of(model), self._framework)
         else:
             params = from_arrays(private().params, self._framework)
-        return replace(reference, params=params, meta=dict(reference.meta), metrics=dict(reference.metrics), optimizer_params={})
+        return _with(reference, params, dict(reference.metrics), dict(reference.meta))
+
+    def _shared_of(self, model: FLModel) -> FLModel:
+        """A task's model in arrays that are not to be written, made once for all sites that are given it one after another."""
+        if self._shared is None or self._shared[0] is not model:
+            self._shared = model, _shared(model)
+        return self._shared[1]
 
     def _tensors_of(self, model: FLModel) -> Any:
         """A model's params as tensors, made once for all sites that are given the same params one after another."""
@@ -105,21 +170,40 @@ class SiteRunner:
     def _call(
         self, app: App, info: SiteInfo, task: Task, seed: int, streams: tuple[object, ...], state: dict[str, Any], records: list[Record]
     ) -> FLModel:
-        config = {**info.config, **task.config}
-        own = copy.deepcopy(state) if state else {}
-        site = Site(info.name, info.rank, info.count, info.job_id, config, own, info.seed, ("site", *streams), records)
+        site = self._site(info, task, streams, copy.deepcopy(state) if state else {}, records)
         seed_all(seed)
         with self._output.of(info.name):
             answer = app.run(task.name, task.model, site)
-        after = copy.deepcopy(to_arrays(site.state)) if site.state else {}
-        _check_state(after)
-        state.clear()
-        state.update(after)
+        _renew(state, site.state)
         return answer
 
+    def _site(self, info: SiteInfo, task: Task, streams: tuple[object, ...], state: dict[str, Any], records: list[Record]) -> Site:
+        config = {**info.config, **task.config}
+        return Site(info.name, info.rank, info.count, info.job_id, config, state, info.seed, ("site", *streams), records)
+
     def _filtered(self, edge: str, model: FLModel, reference: FLModel, info: SiteInfo, streams: tuple[object, ...]) -> FLModel:
-        filters = getattr(self._filters, edge)
+        if not (filters := getattr(self._filters, edge)):
+            return model
         return apply(filters, model, reference=reference, rng=lambda: generator(info.seed, edge, *streams))
+
+
+def trains_together(code: App | Script, filters: Filters, task: Task, config: Mapping[str, Any]) -> bool:
+    """Whether sites with this config do the task many at once: the code can, it is quicker, no filter stands between, and all parameters
+    leave the site."""
+    free = not filters.site_in and not filters.site_out and LOCAL not in config and LOCAL not in task.config
+    return free and isinstance(code, App) and code.together(task.name) is not None
+
+
+def _stacked(sites: Sequence[Site], stack: Stack, key: tuple[str, int, int], seconds: float) -> Stacked:
+    models = [
+        FLModel(
+            metrics={name: float(values[row]) for name, values in stack.metrics.items()},
+            meta={name: int(values[row]) for name, values in stack.meta.items()},
+        )
+        for row in range(len(sites))
+    ]
+    updates = [Update(site.name, TaskId(*key, site.name), model, seconds=seconds) for site, model in zip(sites, models, strict=True)]
+    return Stacked(updates, to_arrays(dict(stack.params)))
 
 
 def _shared(model: FLModel) -> FLModel:
@@ -132,6 +216,11 @@ def _shared(model: FLModel) -> FLModel:
         return leaf
 
     return replace(model, params=map_leaves(read_only, model.params))
+
+
+def _with(model: FLModel, params: Any, metrics: Mapping[str, float], meta: Mapping[str, Any]) -> FLModel:
+    """The model with these, and without the server optimizer's; `replace` takes four times as long."""
+    return FLModel(params, model.params_type, {}, metrics, model.start_round, model.current_round, model.total_rounds, meta)
 
 
 def _size_bytes(model: FLModel) -> int:
@@ -150,7 +239,19 @@ def _checked(answer: FLModel) -> FLModel:
             raise ConfigError(f"metric {name!r} is a {type(value).__name__}, {value!r:.60}: metrics map names to numbers")
         metrics[name] = float(plain)
     meta = {name: value if (plain := number(value)) is None else plain for name, value in answer.meta.items()}
-    return replace(answer, params=params, metrics=metrics, meta=meta, optimizer_params={})
+    return _with(answer, params, metrics, meta)
+
+
+def _renew(state: dict[str, Any], after: Mapping[str, Any]) -> None:
+    """Have `state` hold what the code made of it, in arrays of its own. Raises ConfigError, and changes nothing, if that cannot be kept."""
+    kept = copy.deepcopy(to_arrays(after)) if after else {}
+    _check_state(kept)
+    _replace(state, kept)
+
+
+def _replace(old: dict[str, Any], new: Mapping[str, Any]) -> None:
+    old.clear()
+    old.update(new)
 
 
 def _check_state(state: Mapping[str, Any]) -> None:
@@ -165,9 +266,10 @@ def _check_state(state: Mapping[str, Any]) -> None:
         return leaf
 
     try:
-        size_bytes = len(json.dumps(map_leaves(plain, state))) + array_bytes if state else 0
+        size_bytes = len(json.dumps(map_leaves(plain, state))) if state else 0
     except TypeError as error:
         raise ConfigError(f"site.state holds JSON values and arrays only: {error}") from error
-    if size_bytes > MAX_STATE_BYTES:
-        limit = f"at most {MAX_STATE_BYTES:,} are kept"
-        raise ConfigError(f"site.state has grown to {size_bytes:,} bytes; {limit}. Keep large things in files of the site.")
+    for what, held, most in (("arrays", array_bytes, MAX_STATE_ARRAY_BYTES), ("JSON", size_bytes, MAX_STATE_BYTES)):
+        if held > most:
+            limit = f"at most {most:,} are kept"
+            raise ConfigError(f"site.state has grown to {held:,} bytes of {what}; {limit}. Keep large things in files of the site.")

@@ -57,9 +57,10 @@ class ScriptHost:
             sys.path.insert(0, self._folder)
         self._ready = False
 
-    def perform(self, info: SiteInfo, task: Task, *, seed: int, records: list[Record]) -> FLModel:
+    def perform(self, info: SiteInfo, task: Task, *, seed: int, records: list[Record], state: dict[str, Any] | None = None) -> FLModel:
         """The answer of the site's script to `task`, its tensors as the script left them. What it logs is added to `records`.
 
+        state: what the site keeps; what the script makes of it takes its place.
         seed: for all global generators, set when the script gets the task.
         Raises whatever the script raises, and SiteFailed if it ends or asks for another task without an answer.
         """
@@ -69,8 +70,11 @@ class ScriptHost:
         if name not in self._plays:
             self._start(info, records)
         seed_all(seed)
+        session, state = self._plays[name].session, {} if state is None else state
+        _replace(session.state, state)
         outcome = self._resume(name, info, records, task)
         if isinstance(outcome, FLModel):
+            _replace(state, session.state)
             return outcome
         if outcome is _WAITS:
             problem = f"{script} asked for the next task without an answer to {task.name!r}."
@@ -197,6 +201,7 @@ class _SiteSession:
     def __init__(self, info: SiteInfo) -> None:
         self.info = info
         self.task_name = ""
+        self.state: dict[str, Any] = {}
         self.over = False
         self.waits_after_the_end = 0
         self._records: list[Record] = []
@@ -234,6 +239,12 @@ class _SiteSession:
 
     def record(self, record: Record) -> None:
         self._records.append(record)
+
+
+def _replace(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Make `old` hold what `new` does: the script may have a name for it."""
+    old.clear()
+    old.update(new)
 
 
 @lru_cache(maxsize=16)

@@ -74,12 +74,11 @@ def work(link: MemoryLink, begin: Begin) -> None:
     output = Output(speak.line)
     try:
         with output.of(begin.site):
-            job, code = _load(Path(begin.folder))
+            job, code = load_code(Path(begin.folder))
             if job.framework:
                 load_adapter(job.framework)  # and with it the framework, so that it is told how many threads to use
         settle_in(begin.threads, keep_bytes=KEEP_ALL)
-        filters = Filters(**{edge: tuple(part_of("filters", part) for part in parts) for edge, parts in job.filters.items()})
-        runner = SiteRunner(code, filters=filters, framework=job.framework, sink=speak.line)
+        runner = SiteRunner(code, filters=filters_of(job), framework=job.framework, sink=speak.line)
     except (Exception, SystemExit) as error:
         failure, traceback = failure_of(error)
         output.close()
@@ -124,7 +123,7 @@ def _perform(speak: _Speaker, runner: SiteRunner, info: SiteInfo, ref: TaskRef, 
     speak.send(Performed(task=ref, state=kept, cpu_s=_cpu_s()), frame)
 
 
-def _load(folder: Path) -> tuple[JobFile, App | Script]:
+def load_code(folder: Path) -> tuple[JobFile, App | Script]:
     """The job file and what the site runs. Raises ConfigError, and whatever importing the job's code raises."""
     job = read_folder(folder, may_lack={MODEL})
     code = (folder / CODE).resolve()
@@ -136,6 +135,11 @@ def _load(folder: Path) -> tuple[JobFile, App | Script]:
     if not isinstance(app, App):
         raise ConfigError(f"{job.app.name!r} in {job.app.file} is a {type(app).__name__}: it must be a hanse.App")
     return job, app
+
+
+def filters_of(job: JobFile) -> Filters:
+    """The job's filters, at each edge."""
+    return Filters(**{edge: tuple(part_of("filters", part) for part in parts) for edge, parts in job.filters.items()})
 
 
 def _own(received: Received) -> bytes:

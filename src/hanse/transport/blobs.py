@@ -27,6 +27,7 @@ from blake3 import blake3
 
 from hanse.errors import Refused, StorageFull, WireError
 from hanse.messages.codec import Buffer
+from hanse.messages.lasting import LastingMap
 from hanse.messages.wire import Blob
 
 CHUNK_BYTES = 1 << 20
@@ -311,7 +312,7 @@ def map_file(path: Path) -> memoryview:
     try:
         if not os.fstat(descriptor).st_size:
             return memoryview(b"")
-        return memoryview(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))  # holds a copy of the descriptor, and with it the lock
+        return memoryview(LastingMap(descriptor, 0, access=mmap.ACCESS_READ))  # holds a copy of the descriptor, and with it the lock
     finally:
         os.close(descriptor)
 

@@ -21,12 +21,14 @@ class Ask:
 
     groups: the asked sites by rank, in the fixed groups that are folded one by one; their order is the canonical order.
     hurried: there is a deadline, so no site should wait for another one that may never answer.
+    sized: a clock has to know how large each update was, so folded ones tell it as `Update.size_bytes`.
     """
 
     task: Task
     key: tuple[str, int, int]
     groups: tuple[tuple[str, ...], ...]
     hurried: bool = False
+    sized: bool = False
 
     def task_id(self, site: str) -> TaskId:
         return TaskId(*self.key, site)
@@ -62,3 +64,15 @@ class Courier(Protocol):
 
     def fold(self, ask: Ask, aggregator: Aggregator) -> AsyncGenerator[Folded, None]:
         """One `Folded` for each group, as they come, folded where the updates are."""
+
+
+class Clock(Protocol):
+    """Simulated time: when answers arrive, whatever the machine that simulates them is at. Seconds since the job began."""
+
+    now_s: float
+
+    def earliest_s(self, site: str, task: Task, *, task_bytes: int, began_s: float) -> float:
+        """When the answer to a task that went out at `began_s` can be here at the earliest, as far as that is known before the work."""
+
+    def arrival_s(self, update: Update, task: Task, *, task_bytes: int, began_s: float) -> float:
+        """When this answer is here; not before `earliest_s`."""
