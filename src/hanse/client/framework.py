@@ -153,10 +153,10 @@ def number(value: object) -> int | float | None:
 
 def seed_all(seed: int) -> None:
     """Seed Python's `random`, NumPy's global generator and every framework this process has imported; 0 ≤ seed < 2⁶⁴."""
-    random.seed(seed)
-    np.random.seed((seed ^ seed >> 32) & 0xFFFFFFFF)  # it takes 32 bits
     for adapter in loaded():
         adapter.seed(seed)
+    random.seed(seed)  # after them, since some seed more than their own
+    np.random.seed((seed ^ seed >> 32) & 0xFFFFFFFF)  # it takes 32 bits
 
 
 @lru_cache(maxsize=1)

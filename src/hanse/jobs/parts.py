@@ -40,8 +40,11 @@ def part_of(group: str, description: Mapping[str, Any]) -> Any:
 
 
 def describe_part(group: str, part: Any) -> dict[str, Any] | None:
-    """The part as JSON values; None if its class is not registered."""
+    """The part as JSON values, without what is None by default, as TOML has no such value; None if its class is not registered."""
     for kind, registered in kinds(group).items():
         if type(part) is registered:
-            return {"kind": kind, **{name: msgspec.to_builtins(getattr(part, name)) for name in inspect.signature(registered).parameters}}
+            arguments = {name: (getattr(part, name), about.default) for name, about in inspect.signature(registered).parameters.items()}
+            return {"kind": kind} | {
+                name: msgspec.to_builtins(value) for name, (value, usual) in arguments.items() if (value, usual) != (None, None)
+            }
     return None
