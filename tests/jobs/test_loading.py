@@ -92,14 +92,11 @@ def test_an_exported_job_gives_the_same_bits(which: str, recipes: dict[str, Reci
 
 def test_yaml_toml_and_json_alike(recipes: dict[str, Recipe], tmp_path: Path) -> None:
     says = yaml.safe_load((recipes["fedopt"].export(tmp_path / "yaml") / "job.yaml").read_text())
-    del says["arguments"]["aggregator"]["by"]  # TOML has no null
     recipes["fedopt"].export(tmp_path / "json", format="json")
     shutil.copytree(tmp_path / "yaml", tmp_path / "toml")
     (tmp_path / "toml" / "job.yaml").unlink()
     (tmp_path / "toml" / "job.toml").write_text(tomli_w.dumps(says))
-    written = json.loads((tmp_path / "json" / "job.json").read_text())
-    assert written["arguments"]["aggregator"].pop("by") is None
-    assert written == says
+    assert json.loads((tmp_path / "json" / "job.json").read_text()) == says
     bits = [outcome(read_job(tmp_path / format), tmp_path / "runs") for format in ("yaml", "json", "toml")]
     assert bits[0] == bits[1] == bits[2]
 

@@ -66,12 +66,14 @@ def _in_a_thread(main: Coroutine[Any, Any, T]) -> T:
             ended.set()
 
     thread = threading.Thread(target=run, name="hanse-job")
-    thread.start()
     while not ended.is_set():
         try:
+            if thread.ident is None and not began.is_set():
+                thread.start()  # which waits too, and may be interrupted once the thread is there
             ended.wait()  # an interrupted join would take the thread for ended
         except KeyboardInterrupt:
-            began.wait()
+            if not began.wait(10):
+                raise
             for loop, task in tasks:
                 if not loop.is_closed():
                     loop.call_soon_threadsafe(task.cancel)
