@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import os
 import re
 import runpy
 import shlex
@@ -18,31 +17,10 @@ import psutil
 import pytest
 from numpy.testing import assert_allclose
 from sklearn.linear_model import LogisticRegression
+from tests.examples.running import EXAMPLES, ROOT, finished, run_example
 
 from hanse import FedAvgRecipe, Run, SimEnv
 from hanse.messages import codec
-
-ROOT = Path(__file__).parents[2]
-EXAMPLES = ROOT / "examples"
-
-
-def run_example(name: str, folder: Path, *arguments: str, data: Path | str = "/nowhere") -> str:
-    """What it prints. It must exit with status 0 and say nothing on standard error."""
-    environment = os.environ | {"HANSE_DATA": str(data), "PYTHONHASHSEED": "0"}
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / name, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
-
-
-def finished(folder: Path, job: str) -> Run:
-    """The run that the job in `folder` made; complete, with its report, and the last lines name both."""
-    run = Run(folder / "runs" / f"{job}-001")
-    assert run.get_status() == "completed"
-    assert "<html" in (run.folder / "report.html").read_text("utf-8")
-    assert run.events("failure") == []
-    return run
 
 
 def test_hello_finds_the_slope(tmp_path: Path) -> None:
@@ -71,40 +49,6 @@ def test_digits_as_functions_stop_by_themselves(tmp_path: Path) -> None:
     assert all(metrics["accuracy"] < 0.88 for metrics in run.metrics[:-1])
     assert f"stopped after round {len(run.metrics)} of 20: accuracy >= 0.88" in printed
     assert {path.name for path in (run.folder / "job" / "code").iterdir()} == {"job_function.py", "train.py"}
-
-
-def test_torchrun_trains_in_two_processes_a_site(tmp_path: Path) -> None:
-    run_example("torchrun/job.py", tmp_path)
-    run = finished(tmp_path, "torchrun")
-    assert run.metrics[0]["accuracy"] < 0.3 < 0.7 < run.metrics[-1]["accuracy"]
-    lines = (run.folder / "logs" / "site-2.log").read_text().splitlines()
-    assert {line.rpartition(":")[0] for line in lines} == {"process 0 of 2", "[1] process 1 of 2"}
-
-
-def test_keras(tmp_path: Path) -> None:
-    run_example("keras/job.py", tmp_path)
-    assert finished(tmp_path, "keras").metrics[-1]["accuracy"] > 0.9
-
-
-def test_monai_on_discs(tmp_path: Path) -> None:
-    printed = run_example("monai/job.py", tmp_path)
-    assert "There is no /nowhere/pneumoniamnist.npz" in printed
-    assert finished(tmp_path, "monai").metrics[-1]["accuracy"] > 0.9
-
-
-def test_monai_on_x_rays(tmp_path: Path, data_folder: Path) -> None:
-    printed = run_example("monai/job.py", tmp_path, data=data_folder)
-    assert "There is no" not in printed
-    assert finished(tmp_path, "monai").facts["best"]["value"] > 0.75
-
-
-def test_local_sgd_trains_many_sites_at_once(tmp_path: Path) -> None:
-    printed = run_example("local_sgd/job.py", tmp_path)
-    run = finished(tmp_path, "local-sgd")
-    assert run.metrics[0]["loss"] > 2 > 1 > run.metrics[-1]["loss"]
-    accuracy = re.search(r"no site has: (0\.\d+)", printed)
-    assert accuracy is not None
-    assert float(accuracy[1]) > 0.7
 
 
 def test_the_script_before_and_after_differ_by_five_lines() -> None:
@@ -198,34 +142,6 @@ def test_a_median_withstands_the_site_that_spoils_a_mean(tmp_path: Path) -> None
     assert printed == f"mean    accuracy {mean:.3f}\nmedian  accuracy {median:.3f}\n"
 
 
-@pytest.mark.parametrize(
-    ("name", "jobs", "least"),
-    [
-        ("xgboost/job.py", ["xgboost"], 0.77),
-        ("jax/job.py", ["jax"], 0.95),
-        ("sklearn_models/job.py", ["bayes", "ridge", "svm"], 0.92),
-    ],
-)
-def test_frameworks_give_the_same_bits_simulated_and_in_processes(
-    name: str, jobs: list[str], least: float, tmp_path: Path, data_folder: Path
-) -> None:
-    folders = {argument: tmp_path / (argument or "simulated") for argument in ("", "poc")}
-    for argument, folder in folders.items():
-        folder.mkdir()
-        run_example(name, folder, *argument.split(), data=data_folder)
-    for job in jobs:
-        simulated, real = (finished(folder, job) for folder in folders.values())
-        assert simulated.facts["best"]["value"] > least
-        assert (real.facts["best"], real.metrics) == (simulated.facts["best"], simulated.metrics)
-        models = [(run.folder / "model.safetensors").read_bytes() for run in (simulated, real)]
-        assert models[0] == models[1]
-
-
-def test_xgboost_without_data_says_so_and_goes_on(tmp_path: Path) -> None:
-    assert "There is no /nowhere/credit_default.npz" in run_example("xgboost/job.py", tmp_path)
-    assert finished(tmp_path, "xgboost").facts["best"]["value"] > 0.95
-
-
 def test_an_algorithm_of_your_own_outdoes_the_mean(tmp_path: Path) -> None:
     run_example("own_algorithm/job.py", tmp_path)
     run = finished(tmp_path, "median")
@@ -266,24 +182,6 @@ def test_statistics_without_data_say_so_and_go_on(tmp_path: Path) -> None:
     printed = run_example("statistics/job.py", tmp_path)
     assert "There is no /nowhere/credit_default.npz" in printed
     assert finished(tmp_path, "statistics").events("statistics")[-1]["columns"]["radius"]["groups"][""]["count"] == 569
-
-
-def test_lightning_learns_digits(tmp_path: Path) -> None:
-    run_example("lightning/job.py", tmp_path)
-    run = finished(tmp_path, "lightning")
-    assert run.metrics[0]["accuracy"] < 0.3
-    assert run.facts["best"]["value"] > 0.85
-    weights = {event["weight"] for event in run.events("update")}
-    assert weights == {24}  # 2 epochs of 360 pictures in batches of 32, in every round
-
-
-def test_hugging_face_learns_spam_by_adapters(tmp_path: Path, data_folder: Path) -> None:
-    printed = run_example("huggingface/job.py", tmp_path, data=data_folder)
-    run = finished(tmp_path, "spam")
-    assert "23,746 of 67,076 parameters travel" in printed
-    assert sum(tensor.size for tensor in run.get_result().params.values()) == 23_746
-    assert all("lora" in name or "classifier" in name for name in run.get_result().params)
-    assert run.metrics[0]["eval_accuracy"] < 0.88 < 0.96 < run.facts["best"]["value"]  # 87 of 100 messages are no spam
 
 
 def test_cross_site_scores_every_model_everywhere(tmp_path: Path) -> None:
@@ -375,10 +273,11 @@ def finished_late(folder: Path, job: str) -> Run:
 def test_every_example_is_described_and_tested() -> None:
     folders = {path.name for path in EXAMPLES.iterdir() if path.is_dir()}
     page = (ROOT / "docs" / "examples.md").read_text("utf-8")
+    tests = "".join(path.read_text("utf-8") for path in Path(__file__).parent.glob("test_*.py"))
     for folder in folders:
         assert (EXAMPLES / folder / "README.md").is_file()
         assert f"examples/{folder}/" in page
-        assert f'"{folder}/' in Path(__file__).read_text("utf-8")
+        assert f'"{folder}/' in tests
 
 
 @pytest.mark.parametrize(("page", "job"), [("README.md", "hello"), ("docs/recipes.md", "first"), ("docs/own-algorithm.md", "line-search")])
