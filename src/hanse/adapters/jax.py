@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hanse.client.framework import Adapter
 from hanse.errors import ConfigError
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
@@ -20,8 +21,12 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 _ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 
 
-class JaxAdapter:
-    """See `hanse.client.framework.Adapter`. It is Flax's too."""
+class JaxAdapter(Adapter):
+    """See `hanse.client.framework.Adapter`. It is Flax's too.
+
+    Nobody can write its arrays, so that a tensor is its own twin; it has no generator of its own, see `key`; and it puts off nothing that
+    starts no threads.
+    """
 
     name = "jax"
 
@@ -50,12 +55,6 @@ class JaxAdapter:
         hint = f"Cast the model to {dtype}, or set JAX_ENABLE_X64=1 at the sites."
         raise ConfigError(f"an array of dtype {array.dtype} would become {dtype} as a jax.Array.", hint=hint)
 
-    def twin(self, tensor: Any) -> Any:
-        return tensor  # which nobody can write
-
-    def seed(self, seed: int) -> None:
-        """It has no generator of its own: see `key`."""
-
     def limit_threads(self, threads: int) -> None:
         flags = os.environ.get("XLA_FLAGS", "")
         if threads == 1 and _ONE_THREAD not in flags:  # read when the first array is made
@@ -65,15 +64,6 @@ class JaxAdapter:
         from jax._src import xla_bridge
 
         return not xla_bridge.backends_are_initialized()
-
-    def preload(self) -> None:
-        """It puts off nothing that starts no threads."""
-
-    def thread_state(self) -> None:
-        """It holds none."""
-
-    def set_thread_state(self, state: None) -> None:
-        """There is none."""
 
 
 ADAPTER = JaxAdapter()

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from hanse.client.framework import Adapter
 from hanse.errors import ConfigError
 
 if "keras" not in sys.modules and "KERAS_BACKEND" not in os.environ and find_spec("tensorflow") is None and find_spec("torch"):
@@ -23,8 +24,9 @@ import keras
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 
-class KerasAdapter:
-    """See `hanse.client.framework.Adapter`. Keras takes NumPy's arrays on every backend, so that there is nothing to turn at a site."""
+class KerasAdapter(Adapter):
+    """See `hanse.client.framework.Adapter`. Keras takes NumPy's arrays on every backend, so that there is nothing to turn at a site.
+    Its threads, and what they hold, are the backend's."""
 
     name = "keras"
 
@@ -38,29 +40,11 @@ class KerasAdapter:
             raise ConfigError("a KerasTensor has no numbers: send params_of(model), arrays or numbers")
         return np.asarray(keras.ops.convert_to_numpy(value))
 
-    def from_array(self, array: Array) -> Array:
-        return array
-
-    def twin(self, tensor: Any) -> Any:
-        return tensor
-
     def seed(self, seed: int) -> None:
-        keras.utils.set_random_seed((seed ^ seed >> 32) & 0xFFFFFFFF)  # it takes 32 bits, and gives NumPy what it has already
-
-    def limit_threads(self, threads: int) -> None:
-        """Its threads are the backend's."""
+        keras.utils.set_random_seed((seed ^ seed >> 32) & 0xFFFFFFFF)  # it takes 32 bits
 
     def may_fork(self) -> bool:
         return bool(keras.backend.backend() != "tensorflow")  # which starts threads; the others have adapters of their own
-
-    def preload(self) -> None:
-        """It imports all of itself at once."""
-
-    def thread_state(self) -> None:
-        """It holds none but the backend's."""
-
-    def set_thread_state(self, state: None) -> None:
-        """There is none."""
 
 
 ADAPTER = KerasAdapter()

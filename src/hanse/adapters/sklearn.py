@@ -11,6 +11,7 @@ from sklearn.linear_model import LinearRegression, Ridge
 from sklearn.naive_bayes import ComplementNB, GaussianNB, MultinomialNB
 from sklearn.svm import SVC
 
+from hanse.client.framework import Adapter
 from hanse.errors import ConfigError
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
@@ -20,8 +21,9 @@ _BAYES = (GaussianNB, MultinomialNB, ComplementNB)
 _NOT_LEARNED = ("_", "n_", "singular_")  # private; counters; what only tells of the site's data, in a shape that hangs on its size
 
 
-class SklearnAdapter:
-    """See `hanse.client.framework.Adapter`. scikit-learn computes with NumPy's arrays, so that there is nothing to turn."""
+class SklearnAdapter(Adapter):
+    """See `hanse.client.framework.Adapter`. scikit-learn computes with NumPy's arrays, so that there is nothing to turn, draws
+    from NumPy's generator, and its threads are those of BLAS and OpenMP, which the process limits."""
 
     name = "sklearn"
 
@@ -30,30 +32,6 @@ class SklearnAdapter:
 
     def to_array(self, value: Any) -> Array:
         raise ConfigError(f"a {type(value).__module__}.{type(value).__name__} cannot travel: send its params_of(…)")
-
-    def from_array(self, array: Array) -> Array:
-        return array
-
-    def twin(self, tensor: Array) -> Array:
-        return tensor
-
-    def seed(self, seed: int) -> None:
-        """It draws from NumPy's global generator, which is seeded anyway."""
-
-    def limit_threads(self, threads: int) -> None:
-        """Its threads are those of BLAS and OpenMP, which the process limits."""
-
-    def may_fork(self) -> bool:
-        return True
-
-    def preload(self) -> None:
-        """Its modules are imported one by one, by whoever needs them."""
-
-    def thread_state(self) -> None:
-        """It holds none."""
-
-    def set_thread_state(self, state: None) -> None:
-        """There is none."""
 
 
 ADAPTER = SklearnAdapter()

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
+from hanse.client.framework import Adapter
 from hanse.errors import ConfigError
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
@@ -23,7 +24,7 @@ _TO_ARRAY = {foreign: (integer, dtype) for foreign, integer, dtype in _FOREIGN}
 _FROM_ARRAY = {dtype: (np.dtype(np.int16 if integer is torch.int16 else np.uint8), foreign) for foreign, integer, dtype in _FOREIGN}
 
 
-class TorchAdapter:
+class TorchAdapter(Adapter):
     """See `hanse.client.framework.Adapter`."""
 
     name = "torch"
@@ -73,9 +74,6 @@ class TorchAdapter:
 
     def limit_threads(self, threads: int) -> None:
         torch.set_num_threads(threads)
-
-    def may_fork(self) -> bool:
-        return True
 
     def preload(self) -> None:
         torch.optim.SGD([torch.zeros(1)])  # the first optimizer of a process imports 800 modules

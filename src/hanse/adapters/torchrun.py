@@ -29,7 +29,7 @@ from torch import distributed
 
 import hanse.client as client
 from hanse.client.framework import adapter_for, from_arrays, map_leaves, seed_all, to_arrays
-from hanse.client.session import SiteInfo, enter
+from hanse.client.session import SiteInfo, TaskAtHand, enter
 from hanse.errors import ConfigError, LinkBroken, SiteFailed
 from hanse.messages.codec import decode, encode
 from hanse.messages.flmodel import FLModel
@@ -316,7 +316,7 @@ def _take_part(main: Callable[[], object], begin: Mapping[str, Any]) -> NoReturn
         os._exit(status)  # whatever threads there are: a collective that waits for a process which is gone
 
 
-class _RankSession:
+class _RankSession(TaskAtHand):
     """See `hanse.client.session.Session`. A task comes to every process; what goes back is rank 0's."""
 
     def __init__(self, link: MemoryLink, rank: int, info: SiteInfo) -> None:
@@ -326,8 +326,6 @@ class _RankSession:
         self._link = link
         self._rank = rank
         self._over = False
-        self._model: FLModel | None = None  # come, not yet received
-        self._received = False  # and not yet answered
 
     def is_running(self) -> bool:
         self._model, self._received = None, False
@@ -350,16 +348,8 @@ class _RankSession:
         seed_all(seed_for(task["seed"], self._rank))
         return True
 
-    def receive(self, within_s: float | None = None) -> FLModel | None:
-        if self._model is None and not self.is_running():
-            return None
-        model, self._model, self._received = self._model, None, True
-        return model
-
     def send(self, model: FLModel) -> None:
-        if not self._received:
-            raise ConfigError("send was called with no task at hand: call receive() first")
-        self._received = False
+        self._answered()
         if self._rank == 0:
             params = {"params": to_arrays(model.params), "state": to_arrays(self.state)}
             self._link.send(json.dumps({"kind": "answer"}).encode(), encode(replace(model, params=params)))

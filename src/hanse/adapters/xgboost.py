@@ -8,14 +8,16 @@ from typing import Any, TypeAlias
 import numpy as np
 import xgboost as xgb
 
+from hanse.client.framework import Adapter
 from hanse.errors import ConfigError
 from hanse.messages.flmodel import FLModel
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 
-class XGBoostAdapter:
-    """See `hanse.client.framework.Adapter`. A model travels as XGBoost's own bytes; there are no tensors."""
+class XGBoostAdapter(Adapter):
+    """See `hanse.client.framework.Adapter`. A model travels as XGBoost's own bytes; there are no tensors. `boost` draws its
+    seed from NumPy's generator."""
 
     name = "xgboost"
     threads: int | None = None
@@ -26,30 +28,9 @@ class XGBoostAdapter:
     def to_array(self, value: Any) -> Array:
         raise ConfigError(f"a {type(value).__module__}.{type(value).__name__} cannot travel: send its params_of(…)")
 
-    def from_array(self, array: Array) -> Array:
-        return array
-
-    def twin(self, tensor: Array) -> Array:
-        return tensor
-
-    def seed(self, seed: int) -> None:
-        """`boost` draws XGBoost's seed from NumPy's generator, which is seeded anyway."""
-
     def limit_threads(self, threads: int) -> None:
         self.threads = threads
         xgb.set_config(nthread=threads)
-
-    def may_fork(self) -> bool:
-        return True
-
-    def preload(self) -> None:
-        """It puts nothing off."""
-
-    def thread_state(self) -> None:
-        """It holds none."""
-
-    def set_thread_state(self, state: None) -> None:
-        """There is none."""
 
 
 ADAPTER = XGBoostAdapter()

@@ -26,7 +26,8 @@ GROUP = "hanse.adapters"
 
 
 class Adapter(Protocol):
-    """One framework's side of the border."""
+    """One framework's side of the border. An adapter that inherits from it says only what is its framework's own: by default arrays stay
+    as they are, and there is nothing to seed, to limit, to import ahead or to put back."""
 
     name: str
 
@@ -38,27 +39,35 @@ class Adapter(Protocol):
 
     def from_array(self, array: Array) -> Any:
         """An array as a tensor. It shares the memory of an array that may be written, and copies one that is read-only."""
+        return array
 
     def twin(self, tensor: Any) -> Any:
         """A tensor of the same numbers that may be written without changing `tensor`; copied no sooner than that, if the framework can."""
+        return tensor
 
     def seed(self, seed: int) -> None:
         """Seed the framework's own generators; 0 ≤ seed < 2⁶⁴."""
+        return None
 
     def limit_threads(self, threads: int) -> None:
         """Let the framework compute with at most so many threads in this process."""
+        return None
 
     def may_fork(self) -> bool:
         """Whether a process forked from this one, as it is now, can use the framework: not if it has threads, which a fork loses."""
+        return True
 
     def preload(self) -> None:
         """Import what training will need and the framework puts off, so that forked processes share it."""
+        return None
 
     def thread_state(self) -> Any:
         """What the framework holds per thread and training code may leave changed while it waits, such as "no gradients"."""
+        return None
 
     def set_thread_state(self, state: Any) -> None:
         """Put back what `thread_state` gave."""
+        return None
 
 
 def load_adapter(name: str) -> Adapter:

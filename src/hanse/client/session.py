@@ -7,6 +7,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from hanse.errors import ConfigError
 from hanse.messages.flmodel import FLModel
 from hanse.messages.update import Record
 
@@ -43,6 +44,30 @@ class Session(Protocol):
 
     def record(self, record: Record) -> None:
         """Send one logged value to the server."""
+
+
+class TaskAtHand:
+    """A session's task, from its coming to its answer. Whoever hears of tasks puts the model in `_model`, in `is_running`."""
+
+    _model: FLModel | None = None  # come, not yet received
+    _received = False  # and not yet answered
+
+    def is_running(self) -> bool:
+        """See `Session`."""
+        raise NotImplementedError
+
+    def receive(self, within_s: float | None = None) -> FLModel | None:
+        """See `Session`."""
+        if self._model is None and not self.is_running():
+            return None
+        model, self._model, self._received = self._model, None, True
+        return model
+
+    def _answered(self) -> None:
+        """The task last received has its answer. Raises ConfigError if there is none to answer."""
+        if not self._received:
+            raise ConfigError("send was called with no task at hand: call receive() first")
+        self._received = False
 
 
 _entered: ContextVar[Session] = ContextVar("hanse_session")

@@ -22,8 +22,8 @@ from greenlet import GreenletExit, getcurrent, greenlet  # type: ignore[import-u
 
 from hanse.client.framework import GROUP, loaded, seed_all
 from hanse.client.script import Script, imported_modules
-from hanse.client.session import SiteInfo, enter
-from hanse.errors import ConfigError, Failure, SiteFailed
+from hanse.client.session import SiteInfo, TaskAtHand, enter
+from hanse.errors import Failure, SiteFailed
 from hanse.messages.flmodel import FLModel
 from hanse.messages.task import Task
 from hanse.messages.update import Record
@@ -195,7 +195,7 @@ class _Play:
                 adapter.set_thread_state(state)
 
 
-class _SiteSession:
+class _SiteSession(TaskAtHand):
     """See `hanse.client.session.Session`. It lives inside the script's greenlet, and the host is that greenlet's parent."""
 
     def __init__(self, info: SiteInfo) -> None:
@@ -205,8 +205,6 @@ class _SiteSession:
         self.over = False
         self.waits_after_the_end = 0
         self._records: list[Record] = []
-        self._model: FLModel | None = None  # brought by the host, not yet received
-        self._received = False  # and not yet answered
 
     def begin(self, info: SiteInfo, records: list[Record], task: Task | None) -> None:
         """The host's side: what there is when the script goes on."""
@@ -225,16 +223,8 @@ class _SiteSession:
             getcurrent().parent.switch(_WAITS)
         return self._model is not None
 
-    def receive(self, within_s: float | None = None) -> FLModel | None:
-        if self._model is None and not self.is_running():
-            return None
-        model, self._model, self._received = self._model, None, True
-        return model
-
     def send(self, model: FLModel) -> None:
-        if not self._received:
-            raise ConfigError("send was called with no task at hand: call receive() first")
-        self._received = False
+        self._answered()
         getcurrent().parent.switch(model)
 
     def record(self, record: Record) -> None:
