@@ -15,6 +15,10 @@ from typing import Any
 import psutil
 import pytest
 
+# Each worker of pytest has a core, as have the processes of a test: numerical libraries with more threads than that wait for each other.
+# It has to be said before they are loaded. What depends on the number of threads says it itself.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from hanse.app import App
 from hanse.client.script import Script
 from hanse.cohort import Cohort
@@ -165,3 +169,21 @@ def nothing_left() -> Iterator[None]:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not DATA.is_dir():
         terminalreporter.write_line(f"no data sets at {DATA}: tests that need them were skipped; set HANSE_DATA to run them", yellow=True)
+
+
+@pytest.fixture
+def board() -> Callable[[Path], dict[tuple[str, int], float]]:
+    """Reads a folder of TensorBoard's as TensorBoard does: each value by its tag and step. A value that is there twice is an error."""
+
+    def read(folder: Path) -> dict[tuple[str, int], float]:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+        if not folder.is_dir():
+            return {}
+        events.Reload()
+        found = [((tag, event.step), event.value) for tag in events.Tags()["scalars"] for event in events.Scalars(tag)]
+        assert len(dict(found)) == len(found), found
+        return dict(found)
+
+    return read

@@ -143,14 +143,13 @@ async def test_draws_hang_on_the_seed_and_the_number_of_commits(bench: Open) -> 
     assert draws(bench().cohort) == before
 
 
-def test_groups_are_set_by_rank_in_the_roster() -> None:
+def test_groups_are_set_by_rank() -> None:
     ranks = {f"s{rank:03}": rank for rank in range(130)}
-    assert group_by_rank({"b": 1, "a": 0, "c": 2}, 3) == (("a",), ("b",), ("c",))
-    assert [len(group) for group in group_by_rank(ranks, 130)] == [8] * 9 + [7, 6, 5, 5, 4, 3, 3, 3, 2, 2, 2, 2, 1, 1] + [1] * 12
+    assert [len(group) for group in group_by_rank(ranks, 130)] == [8] * 13 + [6, 5, 3, 3, 2, 1, 1] + [1] * 5
     assert group_by_rank({"s009": 9, "s001": 1, "s000": 0}, 130) == (("s000", "s001"), ("s009",))
-    assert [group_starts(roster)[1] for roster in (8, 64, 65, 1024, 6400, 1_000_000)] == [1, 1, 4, 64, 64, 3906]
-    assert [len(group_starts(roster)) for roster in (8, 64, 65, 1000, 1_000_000)] == [8, 64, 30, 51, 322]
-    assert (group_of(0, 130), group_of(8, 130), group_of(129, 130)) == (0, 1, 34)
+    assert [group_starts(sites)[1] for sites in (8, 40, 65, 1024, 6400, 1_000_000)] == [1, 2, 4, 64, 64, 3906]
+    assert [len(group_starts(sites)) for sites in (8, 40, 65, 1000, 1_000_000)] == [8, 23, 22, 32, 287]
+    assert (group_of(0, 130), group_of(8, 130), group_of(129, 130)) == (0, 1, 24)
     assert group_by_rank({"s001": 1, "s000": 0}, 130, single=True) == (("s000",), ("s001",))
 
 

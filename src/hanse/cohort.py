@@ -23,15 +23,18 @@ from hanse.filters import apply as apply_filters
 from hanse.messages.flmodel import FLModel
 from hanse.messages.params import flatten, size_bytes
 from hanse.messages.task import TRAIN, Task
-from hanse.messages.update import Reduced, Update
+from hanse.messages.update import Columns, Reduced, Update, Updates
+from hanse.replies import Tally, good_of, in_real_time, in_simulated_time, too_late
 from hanse.seeds import generator
 from hanse.transport.courier import Ask, Clock, Courier, Folded, Roster
 
 T = TypeVar("T")
 
+FEW_SITES = 64
+"""A job of no more sites has each as a group of its own, so that none of them waits for others in a real federation."""
+
 HELD_BYTES = 64 << 10
 """An update of no more is copied and folded together with others of its group, which takes less time than to fold each by itself."""
-A = TypeVar("A", bound=Update | Folded)
 
 STREAMED = 1 << 20
 """The index of a commit's first asynchronous task; those of `ask` and `reduce` count from 0."""
@@ -85,6 +88,8 @@ class Cohort:
     All randomness hangs on the job's seed and the number of commits, so a workflow that runs again after a crash draws the same.
 
     clock: simulated time, by which all deadlines and the order of arrival are judged; None: they are real.
+    by_roster: a group's sites are the asked ones of a range of the roster, since a simulated script lives in one worker and a group must
+        not be split; else of a range of those that are asked.
     """
 
     def __init__(
@@ -96,6 +101,7 @@ class Cohort:
         seed: int = 0,
         filters: Filters | None = None,
         clock: Clock | None = None,
+        by_roster: bool = False,
     ) -> None:
         self._courier = courier
         self._journal = journal
@@ -103,6 +109,7 @@ class Cohort:
         self._seed = seed
         self._filters = filters or Filters()
         self._clock = clock
+        self._by_roster = by_roster
         self._round = 0
         self._total: int | None = None
         self._round_began = time.perf_counter()
@@ -167,19 +174,19 @@ class Cohort:
         Raises TooFewUpdates, with every site's reason, after the last update if too few were good.
         """
         ask = self._prepare(task, of, single=True, hurried=within_s is not None or grace_s is not None)
-        tally = _Tally(ask.sites, min_updates)
+        tally = Tally(ask.sites, min_updates)
         if self._clock is None:
-            source = _replies(self._courier.ask(ask), within_s, grace_s, tally)
+            source = in_real_time(self._courier.ask(ask), within_s, grace_s, tally)
         else:
-            source = _in_simulated_time(self._courier.ask, ask, self._clock, within_s, grace_s, tally, in_order=True)
+            source = in_simulated_time(self._courier.ask, ask, self._clock, within_s, grace_s, tally, in_order=True)
         async with aclosing(source) as replies:
             async for arrived in replies:
                 update = admit(arrived, ask.task, self._filters.server_in, self._seed)
-                self._note(tally, update, ask.task)
+                self._note(tally, (update,), ask.task)
                 yield update
         for site, failure in tally.silent(within_s, grace_s).items():
             update = Update(site, ask.task_id(site), failure=failure)
-            self._note(tally, update, ask.task)
+            self._note(tally, (update,), ask.task)
             yield update
         tally.check(self._round, task.name)
 
@@ -202,16 +209,16 @@ class Cohort:
         ask = self._prepare(task, of, single=hurried, hurried=hurried)
         if len(ask.sites) < (needs := getattr(aggregator, "needs", 1)):
             raise ConfigError(f"{type(aggregator).__name__} needs at least {needs} updates a round, {len(ask.sites)} sites are asked.")
-        tally = _Tally(ask.sites, min_updates)
+        tally = Tally(ask.sites, min_updates)
         total = aggregator.fresh(measure(task.model, ask.task.model))
         waiting: dict[int, Folded] = {}
-        updates: list[Update] = []
+        updates: list[tuple[Update, ...] | Columns] = []
         merged = 0
 
         def merge(folded: Folded) -> None:
             group, summed = folded.updates, folded.partial
             try:
-                if summed is None and len(group) == 1:  # it may have come as it is
+                if summed is None and isinstance(group, tuple) and len(group) == 1:  # it may have come as it is
                     if self._filters.server_out:  # its dtypes may not be those of the total
                         summed, group = fold_group(group, aggregator, ask.task, self._filters.server_in, self._seed)
                     else:
@@ -221,32 +228,30 @@ class Cohort:
             except UpdateRejected as error:
                 group = tuple(u if u.failure else replace(u, model=FLModel(), failure=Failure.of(error)) for u in group)
             folded.release()
-            for update in group:
-                self._note(tally, update, ask.task)
-            updates.extend(group)
+            self._note(tally, group, ask.task)
+            updates.append(group)
 
         if self._clock is None:
-            source = _replies(self._courier.fold(ask, aggregator), within_s, grace_s, tally)
+            source = in_real_time(self._courier.fold(ask, aggregator), within_s, grace_s, tally)
         else:
             fold = partial(self._courier.fold, aggregator=aggregator)
-            source = _in_simulated_time(fold, ask, self._clock, within_s, grace_s, tally, in_order=False)
+            source = in_simulated_time(fold, ask, self._clock, within_s, grace_s, tally, in_order=False)
         async with aclosing(source) as replies:
             async for folded in replies:
                 waiting[folded.group] = folded
-                tally.arrived += sum(update.failure is None for update in folded.updates)
+                tally.arrived += len(good_of(folded.updates))
                 while merged in waiting:
                     merge(waiting.pop(merged))
                     merged += 1
         for group in sorted(waiting):
             merge(waiting[group])
         for site, failure in tally.silent(within_s, grace_s).items():
-            self._note(tally, Update(site, ask.task_id(site), failure=failure), ask.task)
+            self._note(tally, (Update(site, ask.task_id(site), failure=failure),), ask.task)
         tally.check(self._round, task.name)
-        good = tuple(update for update in updates if update.failure is None)
         model = total.result()
         if left_out := model.meta.get("left_out"):
             self.log(f"{type(aggregator).__name__} left out {', '.join(left_out)}: most sent another kind of update.", level="warning")
-        return Reduced(model, model.metrics, good, dict(tally.failures))
+        return Reduced(model, model.metrics, Updates(map(good_of, updates)), dict(tally.failures))
 
     async def stream(
         self,
@@ -331,7 +336,7 @@ class Cohort:
         self._streamed[site] += 1
         ask = Ask(task, (self._job_id, commit, index), ((site,),), hurried=True)
         one = _Out(site, rank, ask)
-        late = Update(site, ask.task_id(site), failure=_too_late(f"{within_s} s"))
+        late = Update(site, ask.task_id(site), failure=too_late(f"{within_s} s"))
         if self._clock is not None:
             one.task_bytes, one.began_s = size_bytes(task.model.params), self._clock.now_s
             one.earliest_s = self._clock.earliest_s(site, task, task_bytes=one.task_bytes, began_s=one.began_s)
@@ -355,6 +360,10 @@ class Cohort:
 
         one.running = asyncio.create_task(carry(), name=f"task {ask.task_id(site)}")
         return one
+
+    def skip(self) -> None:
+        """Ask nothing, where a restarted job may have to ask: the tasks that follow have the same ids in both."""
+        self._asks += 1
 
     async def keep_best(self, model: FLModel, metrics: Mapping[str, float], metric: str, *, lowest: bool = False) -> bool:
         """Keep `model` as the best so far if `metrics[metric]` is better than every one before; True if it was."""
@@ -402,7 +411,9 @@ class Cohort:
                 f"task {task.name!r} asks {len(sites)} sites, {len(ranks)} of them different: ask each site once, and at least one"
             )
         key = (self._job_id, self._journal.commits, self._asks)
-        groups = group_by_rank(ranks, len(self.sites), single=single)
+        if not self._by_roster and len(self.sites) > FEW_SITES:
+            ranks = {site: place for place, site in enumerate(sorted(ranks, key=ranks.__getitem__))}
+        groups = group_by_rank(ranks, len(self.sites) if self._by_roster else len(sites), single=single or len(self.sites) <= FEW_SITES)
         return Ask(self._sent(task), key, groups, hurried, sized=self._clock is not None)
 
     def _sent(self, task: Task) -> Task:
@@ -419,61 +430,65 @@ class Cohort:
         """The simulated time, for an event."""
         return {} if self._clock is None else {"virtual_s": self._clock.now_s}
 
-    def _note(self, tally: _Tally, update: Update, task: Task) -> None:
-        tally.count(update)
-        self._record(update, task)
+    def _note(self, tally: Tally, group: tuple[Update, ...] | Columns, task: Task) -> None:
+        tally.count(group)
+        if isinstance(group, Columns):
+            weight = group.meta.get("examples", group.meta.get("steps"))
+            self._event(
+                "updates", task, len(group), len(group), sites=group.sites, seconds=group.seconds, metrics=group.metrics, weight=weight
+            )
+        else:
+            for update in group:
+                self._record(update, task)
         self._journal.progress(tally.good + len(tally.failures), tally.asked)
 
     def _record(self, update: Update, task: Task, **facts: Any) -> None:
-        about = {"model_of": task.config["model_of"]} if "model_of" in task.config else {}  # a model other than the job's
-        if update.failure is not None:
-            self._journal.event(
-                "failure", round=self._round, task=task.name, site=update.site,
-                code=update.failure.code, message=update.failure.message, hint=update.failure.hint, **about, **facts,
-            )  # fmt: skip
+        if (failure := update.failure) is not None:
+            said = {"code": failure.code, "message": failure.message, "hint": failure.hint}
+            self._event("failure", task, 0, 1, site=update.site, **said, **facts)
         else:
             meta = update.model.meta
-            self._journal.event(
-                "update", round=self._round, task=task.name, site=update.site, seconds=update.seconds,
-                metrics=dict(update.model.metrics), weight=meta.get("examples", meta.get("steps")), **about, **facts,
-            )  # fmt: skip
+            weight = meta.get("examples", meta.get("steps"))
+            metrics = dict(update.model.metrics)
+            self._event("update", task, 1, 1, site=update.site, seconds=update.seconds, metrics=metrics, weight=weight, **facts)
         for record in update.records:
             self._journal.event(
                 "record", round=self._round, site=update.site, key=record.key, value=record.value, step=record.step, kind=record.kind
             )
+
+    def _event(self, kind: str, task: Task, good: int, asked: int, **facts: Any) -> None:
+        about = {"model_of": task.config["model_of"]} if "model_of" in task.config else {}  # a model other than the job's
+        self._journal.event(kind, round=self._round, task=task.name, **facts, **about)
         if not about:
             counts = self._counts.setdefault(task.name, [0, 0])
-            counts[0] += update.failure is None
-            counts[1] += 1
+            counts[0] += good
+            counts[1] += asked
 
 
 @cache
-def group_starts(roster: int) -> tuple[int, ...]:
+def group_starts(sites: int) -> tuple[int, ...]:
     """The first rank of each group that so many sites are split into. A group is folded by itself: few leave little to merge, many keep
     many workers busy, and small ones at the end let all workers end together.
 
-    Up to 64 sites, each is a group. Of more, 64 make one, but no less than 1/256 and no more than 1/16 of all; towards the end a group is
-    an eighth of those that are left.
+    64 sites make one, but no less than 1/256 and no more than 1/16 of all; towards the end a group is a quarter of those that are left.
     """
-    if roster <= 64:
-        return tuple(range(roster))
-    widest, starts, rank = roster // min(max(16, roster // 64), 256), [], 0
-    while rank < roster:
+    widest, starts, rank = max(1, sites // min(max(16, sites // 64), 256)), [], 0
+    while rank < sites:
         starts.append(rank)
-        rank += max(1, min(widest, (roster - rank) // 8))
+        rank += max(1, min(widest, (sites - rank) // 4))
     return tuple(starts)
 
 
-def group_of(rank: int, roster: int) -> int:
+def group_of(rank: int, sites: int) -> int:
     """The number of the group that the site of this rank is in."""
-    return bisect_right(group_starts(roster), rank) - 1
+    return bisect_right(group_starts(sites), rank) - 1
 
 
-def group_by_rank(ranks: Mapping[str, int], roster: int, *, single: bool = False) -> tuple[tuple[str, ...], ...]:
-    """The sites by rank, in groups that depend on their ranks in the roster alone. `single`: one site a group."""
+def group_by_rank(ranks: Mapping[str, int], sites: int, *, single: bool = False) -> tuple[tuple[str, ...], ...]:
+    """The sites by rank, in groups that depend on their ranks, below `sites`, alone. `single`: one site a group."""
     groups: dict[int, list[str]] = {}
     for site, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        groups.setdefault(rank if single else group_of(rank, roster), []).append(site)
+        groups.setdefault(rank if single else group_of(rank, sites), []).append(site)
     return tuple(tuple(group) for group in groups.values())
 
 
@@ -500,20 +515,24 @@ def fold_group(
     updates: Iterable[Update], aggregator: Aggregator, task: Task, filters: Sequence[Filter], seed: int
 ) -> tuple[FLModel | None, tuple[Update, ...]]:
     """Fold one group's updates, each as it comes, so that a site's memory may be used again for the next; small ones are copied, and folded
-    with those after them.
+    together at the end.
 
     Returns the partial sum (None if no update was good) and the updates without their parameters, rejected ones with a failure.
     """
     total = aggregator.fresh(task.model)
     light: list[Update] = []
     rejected: dict[str, UpdateRejected] = {}
+    held: list[int] = []
     for arrived in updates:
         update = admit(arrived, task, filters, seed)
-        if small := update.failure is None and size_bytes(update.model.params) <= HELD_BYTES:
-            update = replace(update, model=replace(update.model, params=_copied(update.model.params)))
-        light.append(_add(update, total))
-        if not small:
+        if update.failure is None and size_bytes(update.model.params) <= HELD_BYTES:
+            held.append(len(light))
+            light.append(replace(update, model=_with(update.model, _copied(update.model.params))))
+        else:
+            light.append(_add(update, total))
             rejected |= total.fold()
+    for at in held:
+        light[at] = _add(light[at], total)
     rejected |= total.fold()
     for at, update in enumerate(light):
         if update.site in rejected:
@@ -538,10 +557,12 @@ def _add(update: Update, total: Aggregator) -> Update:
             total.add(update)
         except UpdateRejected as error:
             failure = Failure.of(error)
-    model = update.model
-    light = FLModel() if failure else FLModel(None, model.params_type, {}, model.metrics, model.start_round, model.current_round,
-                                              model.total_rounds, model.meta)  # fmt: skip
-    return replace(update, model=light, failure=failure)
+    return replace(update, model=FLModel() if failure else _with(update.model, None), failure=failure)
+
+
+def _with(model: FLModel, params: Any) -> FLModel:
+    """The model with these, and without the server optimizer's; `replace` takes four times as long."""
+    return FLModel(params, model.params_type, {}, model.metrics, model.start_round, model.current_round, model.total_rounds, model.meta)
 
 
 def _copied(params: Any) -> Any:
@@ -549,130 +570,6 @@ def _copied(params: Any) -> Any:
     if isinstance(params, dict) and all(type(array) is np.ndarray for array in params.values()):
         return {name: array.copy() for name, array in params.items()}
     return copy.deepcopy(params)
-
-
-class _Tally:
-    """Who of the asked sites has answered, and how."""
-
-    def __init__(self, sites: Sequence[str], min_updates: int | None) -> None:
-        self.sites = sites
-        self.asked = len(sites)
-        self.needed = self.asked if min_updates is None else min_updates
-        if not 0 <= self.needed <= self.asked:
-            raise ConfigError(f"min_updates is {min_updates}, of {self.asked} sites asked: give a number up to {self.asked}")
-        self.good = 0
-        self.arrived = 0
-        self.failures: dict[str, Failure] = {}
-        self._answered: set[str] = set()
-
-    def count(self, update: Update) -> None:
-        self._answered.add(update.site)
-        if update.failure is None:
-            self.good += 1
-        else:
-            self.failures[update.site] = update.failure
-
-    @property
-    def enough(self) -> bool:
-        return max(self.good, self.arrived) >= self.needed
-
-    def silent(self, within_s: float | None, grace_s: float | None) -> dict[str, Failure]:
-        """The sites that have not answered, each with why it is not waited for any longer."""
-        waited = f"{grace_s:g} s of grace after {self.needed} updates" if self.enough and grace_s is not None else f"{within_s} s"
-        failure = _too_late(waited)
-        return {site: failure for site in self.sites if site not in self._answered}
-
-    def check(self, round: int, task: str) -> None:
-        if self.good < self.needed:
-            raise TooFewUpdates(
-                f"round {round + 1}, task {task!r}: {self.good} good updates of {self.asked} asked, {self.needed} needed.",
-                reasons={site: str(failure) for site, failure in sorted(self.failures.items())},
-                hint="Mend these sites, or let the round go on with fewer: min_updates.",
-            )
-
-
-async def _replies(
-    source: AsyncGenerator[T, None], within_s: float | None, grace_s: float | None, tally: _Tally
-) -> AsyncGenerator[T, None]:
-    """What `source` yields until the deadline, or until the grace after enough good updates is over."""
-    clock = asyncio.get_running_loop().time
-    deadline = math.inf if within_s is None else clock() + within_s
-    grace_began = False
-    async with aclosing(source):
-        while True:
-            if grace_s is not None and tally.enough and not grace_began:
-                deadline, grace_began = min(deadline, clock() + grace_s), True
-            try:
-                async with asyncio.timeout_at(None if deadline == math.inf else deadline):
-                    item = await anext(source)
-            except (StopAsyncIteration, TimeoutError):
-                return
-            yield item
-
-
-async def _in_simulated_time(
-    source: Callable[[Ask], AsyncGenerator[A, None]],
-    ask: Ask,
-    clock: Clock,
-    within_s: float | None,
-    grace_s: float | None,
-    tally: _Tally,
-    *,
-    in_order: bool,
-) -> AsyncGenerator[A, None]:
-    """What arrives until the deadline of the simulated time, which then is that of the last arrival, or of the deadline.
-
-    A site that cannot be in time is not run. in_order: as they arrive, those of one instant by rank; else as soon as it is known that they
-    are in time.
-    """
-    began_s, task_bytes = clock.now_s, size_bytes(ask.task.model.params)
-    deadline_s = math.inf if within_s is None else began_s + within_s
-
-    def in_time(site: str) -> bool:
-        return clock.earliest_s(site, ask.task, task_bytes=task_bytes, began_s=began_s) <= deadline_s
-
-    def arrival_s(item: A) -> float:
-        return max(clock.arrival_s(update, ask.task, task_bytes=task_bytes, began_s=began_s) for update in _updates_in(item))
-
-    if within_s is not None:
-        ask = replace(ask, groups=tuple(group for group in ask.groups if in_time(group[0])))  # each a group by itself
-    held: list[tuple[float, int, A]] = []
-    last_s, count = began_s, 0
-    ranks = {site: rank for rank, site in enumerate(ask.sites)}
-    async with aclosing(source(ask)) as items:
-        async for item in items:
-            at_s = arrival_s(item)
-            if at_s > deadline_s:
-                _release(item)
-            elif in_order or grace_s is not None:
-                held.append((at_s, ranks[item.site] if isinstance(item, Update) else item.group, item))
-            else:
-                last_s, count = max(last_s, at_s), count + 1
-                yield item
-    held.sort(key=lambda entry: entry[:2])
-    if grace_s is not None:
-        good = [at_s for at_s, _, item in held if _updates_in(item)[0].failure is None]
-        if len(good) >= tally.needed:
-            enough_s = good[tally.needed - 1] if tally.needed else began_s
-            deadline_s = min(deadline_s, enough_s + grace_s)
-    for at_s, _, item in held:
-        if at_s > deadline_s:
-            _release(item)
-            continue
-        clock.now_s = last_s = max(last_s, at_s)
-        count += 1
-        yield item
-    all_there = in_order or within_s is not None or grace_s is not None  # then each site is an item
-    clock.now_s = deadline_s if all_there and count < tally.asked else last_s
-
-
-def _updates_in(item: Update | Folded) -> tuple[Update, ...]:
-    return (item,) if isinstance(item, Update) else item.updates
-
-
-def _release(item: Update | Folded) -> None:
-    if isinstance(item, Folded):
-        item.release()
 
 
 @dataclass(eq=False)
@@ -722,7 +619,3 @@ async def _next_arrival(
             one.update = answer
             return one
         one.answered(answer, clock)
-
-
-def _too_late(waited: str) -> Failure:
-    return Failure("DeadlineExceeded", f"no update within {waited}")

@@ -9,12 +9,15 @@ they lie below something that is visible.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -105,3 +108,43 @@ def interpreter_paths(python: str) -> tuple[Path, ...]:
 
 def _absolute(paths: Iterable[Path]) -> list[Path]:
     return [path.resolve() for path in paths]
+
+
+def open_beneath(folder: Path, name: str | Path, flags: int = os.O_RDONLY) -> int:
+    """A descriptor of a plain file below a folder that a job's code can write, whatever that makes of the folder meanwhile.
+
+    name: relative to `folder`. Raises OSError if it, or what is on the way to it, is a link, or if it is a pipe, a device or a socket.
+    """
+    *way, last = Path(name).parts
+    at = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for part in way:
+            below = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
+            os.close(at)
+            at = below
+        found = os.open(last, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666, dir_fd=at)
+    finally:
+        os.close(at)
+    if not stat.S_ISREG(os.fstat(found).st_mode):
+        os.close(found)
+        raise OSError(errno.EINVAL, "no plain file", str(folder / name))
+    return found
+
+
+def files_beneath(folder: Path) -> Iterator[str]:
+    """The names of the plain files below a folder that a job's code can write, relative to it; links are passed over."""
+    for way, _, names, at in os.fwalk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                if stat.S_ISREG(os.stat(name, dir_fd=at, follow_symlinks=False).st_mode):
+                    yield os.path.relpath(os.path.join(way, name), folder)
+
+
+def remove_links(folder: Path) -> None:
+    """Remove whatever below the folder is neither a plain file nor a folder: what a job's code, now ended, may have left there."""
+    for _, folders, names, at in os.fwalk(folder):
+        for name in (*folders, *names):
+            with contextlib.suppress(FileNotFoundError):
+                mode = os.stat(name, dir_fd=at, follow_symlinks=False).st_mode
+                if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                    os.unlink(name, dir_fd=at)

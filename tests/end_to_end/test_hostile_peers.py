@@ -65,7 +65,7 @@ from hanse.provision.kits import provision
 from hanse.server.run import Run
 from hanse.site.ledger import read as read_ledger
 from hanse.site.ledger import verify
-from hanse.transport.blobs import FolderBlobs, Incoming
+from hanse.transport.blobs import FolderBlobs, Incoming, open_file
 from hanse.transport.calls import SERVICE, Position
 from hanse.transport.client import Client, ControlStream
 from hanse.transport.grpc import Peer, serve
@@ -813,10 +813,10 @@ class HostileServer:
         raise Refused("no")
         yield
 
-    def readable(self, peer: Peer, blob: Blob) -> Path:
+    def open_blob(self, peer: Peer, blob: Blob) -> int:
         path = self.folder / blob.hex
         path.write_bytes(self.blobs[blob])
-        return path
+        return open_file(path)
 
     def incoming(self, peer: Peer, blob: Blob) -> Incoming:
         raise Refused("no")

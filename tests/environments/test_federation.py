@@ -16,7 +16,7 @@ from hanse.identity.certificates import Credentials
 from hanse.identity.kit import Kit, read_kit, write_kit
 from hanse.messages.wire import Blob, Request
 from hanse.provision.kits import provision
-from hanse.transport.blobs import FolderBlobs, Incoming
+from hanse.transport.blobs import FolderBlobs, Incoming, open_file
 from hanse.transport.grpc import Peer, serve
 
 
@@ -57,8 +57,8 @@ class Lying:
             yield {"event": "round", "round": number}
             yield {"event": "output", "site": "a", "line": f"after {number}"}
 
-    def readable(self, peer: Peer, blob: Blob) -> Path:
-        return self.blobs.path(blob)
+    def open_blob(self, peer: Peer, blob: Blob) -> int:
+        return open_file(self.blobs.path(blob))
 
     def incoming(self, peer: Peer, blob: Blob) -> Incoming:
         return self.blobs.incoming(blob)

@@ -28,7 +28,7 @@ from hanse.server.run import Run
 from hanse.server.service import Settings
 
 if TYPE_CHECKING:
-    from tests.server.conftest import SmallSite
+    from tests.server.conftest import RealFederation, SmallSite
 
 SERVER = """
 import asyncio, sys
@@ -121,13 +121,62 @@ async def test_a_server_that_died_in_a_round_goes_on_with_what_it_had(
         first, second = (Run(kit.state_folder / "jobs" / each).get_result().params["w"] for each in (job, undisturbed))
         np.testing.assert_array_equal(first, second)
     finally:
-        for task in federation.tasks:
-            task.cancel()
-        for client in federation.clients:
-            await client.close()
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+        await ended(federation, process)
+
+
+async def ended(federation: RealFederation, process: asyncio.subprocess.Process) -> None:
+    """Let go of the server and what is connected to it."""
+    for task in federation.tasks:
+        task.cancel()
+    for client in federation.clients:
+        await client.close()
+    if process.returncode is None:
+        process.kill()
+        await process.wait()
+
+
+async def test_a_jobs_values_are_in_tensorboard_while_it_runs(kit: Kit, identities: Any, tmp_path: Path, load: Any, board: Any) -> None:
+    """Also when the server is killed meanwhile, and when what writes them is."""
+    from tests.server.conftest import RealFederation
+
+    recipe = FedAvgRecipe(name="count", model={"w": np.zeros(3, "f4")}, app=load(APP).app, rounds=4)
+    shown = kit.state_folder / "tracking" / "count-0001" / "tensorboard" / "global"
+    killed: list[int] = []
+
+    async def look(site: SmallSite, assignment: Assignment) -> bool:
+        """The round before this one is there, while this one goes on. One site kills, and comes again."""
+        commit = assignment.task.commit
+        while ("loss", commit - 1) not in board(shown) and commit:
+            await asyncio.sleep(0.05)
+        if commit in (2, 3) and commit not in killed and site.name == "a":
+            killed.append(commit)
+            (tracker,) = (each for each in psutil.Process(process.pid).children() if "hanse.server.track" in each.cmdline())
+            (tracker if commit == 2 else process).kill()
+        return True
+
+    kit.track = "tensorboard"
+    process, port = await started(kit)
+    federation = RealFederation(identities, Settings(state=kit.state_folder, address=""), tmp_path, port=port)
+    try:
+        sites = [await federation.site(name, recipe, hook=look) for name in "ab"]
+        job = (await federation.submit(recipe))["job"]
+        async with asyncio.timeout(60):
+            assert await process.wait() == -signal.SIGKILL
+        assert killed == [2, 3]
+        process, _ = await started(kit, port)
+        for site in sites:
+            await federation.disconnect(site)
+            await federation.site(site.name, recipe, again=site)
+        assert (await federation.finished(job))["status"] == "completed"
+        run = Run(kit.state_folder / "jobs" / job)
+        async with asyncio.timeout(60):
+            while len(board(shown)) < 4:
+                await asyncio.sleep(0.05)
+        assert board(shown) == {("loss", n): np.float32(metrics["loss"]) for n, metrics in enumerate(run.metrics)}
+        assert len(board(shown.parent / "sites" / "b")) == 4
+        assert not list(run.folder.glob("*tensorboard*"))  # the job's own code can write there
+    finally:
+        await ended(federation, process)
 
 
 async def test_prometheus_reads_the_servers_figures(kit: Kit, identities: Any, tmp_path: Path, load: Any) -> None:

@@ -49,6 +49,20 @@ def train(model, site):
     w = model.params["w"] + site.rng.normal(size=model.params["w"].shape) + rounds + site.config.get("offset", 0)
     return FLModel({"w": w.astype("f4")}, metrics={"loss": float(w[0])}, meta={"examples": 10 + site.rank})
 """
+SLY = """
+import os
+from pathlib import Path
+
+if not os.environ.get("PYTEST_CURRENT_TEST"):
+    folder = Path(__file__).resolve().parents[2]
+    (folder / "innocent.txt").symlink_to("SECRET")
+    (folder / "more").symlink_to("ELSEWHERE")
+    os.mkfifo(folder / "pipe")
+    (folder / "made").write_text("made")
+    (folder / "server.log").unlink()
+    (folder / "server.log").symlink_to("AUTHORIZED")
+    os._exit(3)
+"""
 CURIOUS = """
 import os, socket
 from pathlib import Path
@@ -567,6 +581,40 @@ async def test_a_jobs_code_sees_no_keys_and_no_other_jobs_at_the_server(
         seen = (tmp_path / "state" / "jobs" / about["job"] / "server.log").read_text()
     assert (about["status"], about["reason"]) == ("completed", "")
     assert "SEEN [] ['blobs', 'jobs'] ['count-0002'] OSError" in seen
+
+
+async def test_links_that_a_jobs_code_leaves_in_its_folder_lead_nowhere(
+    real_federation: Federates, recipe: FedAvgRecipe, load: Callable[[str], Any], tmp_path: Path
+) -> None:
+    """Neither what a submitter fetches nor what the server writes there: site's output, the process's own, the end of the job."""
+    secret, log, other = tmp_path / "key.pem", tmp_path / "authorized_keys", tmp_path / "elsewhere"
+    for path in (secret, log):
+        path.write_text("secret")
+    other.mkdir()
+    (other / "key.pem").write_text("secret")
+    sly = APP + SLY
+    for name, value in {"SECRET": secret, "AUTHORIZED": log, "ELSEWHERE": other}.items():
+        sly = sly.replace(name, str(value))
+    async with real_federation(sandbox="off") as federation:
+        await federation.site("a", recipe)
+        job = (await federation.submit(replace(recipe, app=load(sly).app)))["job"]
+        await federation.finished(job)
+        folder = federation.settings.state / "jobs" / job
+        assert (folder / "made").is_file()  # the code has run
+        assert "secret" not in "".join(path.read_text(errors="replace") for path in folder.rglob("*") if path.is_file())
+        files = (await federation.client().call("result", job=job))["files"]
+        assert "made" in files
+        assert not {"innocent.txt", "more/key.pem"} & files.keys()
+        (folder / "late.txt").symlink_to(secret)  # as code does that still runs
+        (folder / "pipe").unlink(missing_ok=True)
+        os.mkfifo(folder / "pipe")
+        again = (await federation.client().call("result", job=job))["files"]
+        assert again == files
+        (folder / "made").unlink()
+        (folder / "made").symlink_to(secret)
+        with pytest.raises(Refused, match="is not here"):
+            await federation.client().download(_blob(files["made"]), FolderBlobs(tmp_path / "stolen"))
+    assert log.read_text() == "secret"
 
 
 async def test_code_that_cannot_be_imported_fails_the_job_at_once(real_federation: Federates, load: Callable[[str], Any]) -> None:

@@ -76,7 +76,7 @@ def test_work_by_examples() -> None:
     clock = VirtualClock(Devices(seconds=0.5, per="examples"))
     assert clock.earliest_s("a", TASK, task_bytes=8, began_s=1.0) == 1.0
     assert clock.arrival_s(update(model=FLModel(meta={"examples": 6})), TASK, task_bytes=8, began_s=1.0) == 4.0
-    assert clock.arrival_s(update(), TASK, task_bytes=8, began_s=1.0) == 1.0
+    assert clock.arrival_s(update(failure=Failure("ValueError", "")), TASK, task_bytes=8, began_s=1.0) == 1.0
 
 
 def test_spread_is_lognormal_around_the_median_and_each_sites_own() -> None:
@@ -227,3 +227,11 @@ def test_a_resumed_run_goes_on_in_time_and_bits(load: Callable[[str], Any], tmp_
     whole = run(app, tmp_path / "whole", devices, **settings)
     assert times(part) == times(whole) == [2.5, 5.0, 7.5]
     assert part.get_result().params["w"].tobytes() == whole.get_result().params["w"].tobytes()
+
+
+def test_work_that_nobody_counted(tmp_path: Path) -> None:
+    app = App()
+    app.train(lambda model, site: FLModel(model.params, meta={"examples": 3}))
+    says = r"site 'site-\d' told no 'steps', and Devices has per='steps'\. Send FLModel\(\.\.\., meta=\{\"steps\": n\}\), or count tasks"
+    with pytest.raises(JobFailed, match=says):
+        run(app, tmp_path, Devices(per="steps"))

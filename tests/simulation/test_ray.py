@@ -20,8 +20,10 @@ from hanse.app import App
 from hanse.environments import SimEnv
 from hanse.errors import ConfigError, JobFailed, LinkBroken
 from hanse.filters import ClipNorm, Filters, GaussianNoise
+from hanse.jobs.asynchronous import FedBuffRecipe
 from hanse.jobs.fedavg import FedAvgRecipe
 from hanse.server.run import Run
+from hanse.simulation.clock import Devices
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 ray = pytest.importorskip("ray", reason="needs the package ray: pip install 'hanse[ray]'")
@@ -94,6 +96,21 @@ def test_functions_give_the_same_bits(app: App, sites: int, execute: Execute, cl
     assert bits(run) == bits(here)
     assert run.metrics == here.metrics
     assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize("recipe", ["fedavg", "fedbuff"])
+def test_simulated_time_passes_as_it_does_without_ray(recipe: str, app: App, execute: Execute, cluster: Cluster) -> None:
+    devices = Devices(seconds=60, spread=0.8, upload_bytes_per_s=2, availability=0.5)
+    if recipe == "fedavg":
+        job: Any = recipe_of({"app": app}, within_s=100.0, min_updates=1)
+    else:
+        job = FedBuffRecipe(name="job", app=app, model=MODEL, rounds=3, buffer=4, concurrency=6)
+    run, here = execute(job, sites=12, devices=devices, engine="ray", address=cluster.address), execute(job, sites=12, devices=devices)
+    assert bits(run) == bits(here)
+    times = [[(event["virtual_s"], event["good"]) for event in each.events("round")] for each in (run, here)]
+    assert times[0] == times[1]
+    assert times[0][-1][0] > times[0][0][0] > 60
+    assert recipe == "fedbuff" or all(0 < good < 12 for _, good in times[0])
 
 
 def test_a_script_gives_the_same_bits(script: Path, execute: Execute, cluster: Cluster) -> None:

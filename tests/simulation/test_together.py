@@ -18,8 +18,8 @@ from hanse.errors import JobFailed
 from hanse.filters import ClipNorm, Filters
 from hanse.jobs.fedavg import FedAvgRecipe
 from hanse.messages.flmodel import FLModel
-from hanse.messages.task import Task, TaskId
-from hanse.messages.update import Update
+from hanse.messages.task import Task
+from hanse.messages.update import Columns, Update
 from hanse.server.run import Run
 from hanse.simulation.together import fold_together, joined
 from hanse.site.runner import Stacked
@@ -156,19 +156,22 @@ def test_neighbouring_groups_are_joined(groups: list[int], expected: list[int]) 
     assert [site for group in made for site in group] == [site for group in named for site in group]
 
 
+def columns(*rows: int) -> Columns:
+    meta = {"examples": [row + 1 for row in rows], "steps": [2] * len(rows)}
+    return Columns([f"site-{row}" for row in rows], ("job", 0, 0), [0.5] * len(rows), {"loss": [float(row) for row in rows]}, meta)
+
+
 def updates(count: int) -> list[Update]:
-    return [
-        Update(f"site-{row}", TaskId("job", 0, 0, f"site-{row}"), FLModel(metrics={"loss": row}, meta={"examples": row + 1, "steps": 2}))
-        for row in range(count)
-    ]
+    return list(columns(*range(count)))
 
 
 @pytest.mark.parametrize("by", [None, "examples", "steps", "equal", {"site-0": 2.0, "site-1": 5.0, "site-2": 1.0}])
 def test_a_stack_weighs_as_its_sites_do(by: Any) -> None:
     """(1·0 + 2·3 + 3·6) / 6 = 4 by examples, (0 + 3 + 6) / 3 = 3 by steps or equally, (2·0 + 5·3 + 1·6) / 8 by the numbers given."""
     task = Task("train", FLModel({"w": np.zeros((2, 2), np.float32)}))
-    stack = Stacked(updates(3), {"w": np.arange(3, dtype=np.float32)[:, None, None] * np.full((2, 2), 3, np.float32)})
-    partial, light = fold_together([stack], lambda done: [], WeightedMean(by), task, (), 0)
+    stack = Stacked(columns(0, 1, 2), {"w": np.arange(3, dtype=np.float32)[:, None, None] * np.full((2, 2), 3, np.float32)})
+    sites = ["site-0", "site-1", "site-2"]
+    partial, light = fold_together(sites, [stack], lambda done: [], WeightedMean(by), task, (), 0)
     expected = 21 / 8 if isinstance(by, dict) else {None: 4, "examples": 4, "steps": 3, "equal": 3}[by]
     assert partial is not None
     total = WeightedMean(by)
@@ -176,8 +179,8 @@ def test_a_stack_weighs_as_its_sites_do(by: Any) -> None:
     result = total.result()
     np.testing.assert_allclose(result.params["w"], np.full((2, 2), expected), rtol=1e-6)
     assert result.metrics["loss"] == pytest.approx(expected / 3)
-    assert sorted(light) == ["site-0", "site-1", "site-2"]
-    assert all(update.model.params is None for update in light.values())
+    assert isinstance(light, Columns) == (by in (None, "examples", "steps"))
+    assert list(light) == updates(3)
     one_by_one, _ = fold_group(stack.each(), WeightedMean(by), task, (), 0)
     assert one_by_one is not None
     assert one_by_one.meta["tensors"] == partial.meta["tensors"]
@@ -213,11 +216,30 @@ def test_what_is_left_is_folded_after_the_stacks() -> None:
         asked.append(set(done))
         return [alone]
 
-    stack = Stacked(updates(2), {"w": np.array([[1], [np.nan]], np.float32)})
-    partial, light = fold_together([stack], left, WeightedMean(), task, (), 0)
+    stack = Stacked(columns(0, 1), {"w": np.array([[1], [np.nan]], np.float32)})
+    partial, light = fold_together(["site-1", "site-0", "site-4"], [stack], left, WeightedMean(), task, (), 0)
     assert asked == [{"site-0", "site-1"}]
-    assert light["site-0"].failure is None
-    assert light["site-1"].failure is not None
-    assert "holds NaN" in light["site-1"].failure.message
+    failed, *good = light
+    assert failed.site == "site-1"
+    assert failed.failure is not None
+    assert "holds NaN" in failed.failure.message
+    assert good == [columns(0).row(0), columns(4).row(0)]
     assert partial is not None
     assert partial.params["w"].tolist() == [1 * 1 + 5 * 10]
+
+
+@pytest.mark.parametrize("names", [("loss", "loss"), ("loss", "error")])
+def test_stacks_are_told_in_the_order_of_their_sites(names: tuple[str, str]) -> None:
+    """In columns, if they tell the same; else one by one."""
+    task = Task("train", FLModel({"w": np.zeros(1, np.float32)}))
+    parts = [columns(3, 0), columns(1, 2)]
+    parts = [replace(part, metrics={name: part.metrics["loss"]}) for part, name in zip(parts, names, strict=True)]
+    stacks = [Stacked(part, {"w": np.ones((2, 1), np.float32)}) for part in parts]
+    sites = [f"site-{row}" for row in range(4)]
+    partial, light = fold_together(sites, stacks, lambda done: [], WeightedMean(), task, (), 0)
+    assert partial is not None
+    assert partial.params["w"].tolist() == [10]
+    assert isinstance(light, Columns) == (names == ("loss", "loss"))
+    assert [(update.site, update.model.meta, *update.model.metrics.values()) for update in light] == [
+        (f"site-{row}", {"examples": row + 1, "steps": 2}, row) for row in range(4)
+    ]

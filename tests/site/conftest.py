@@ -42,7 +42,7 @@ from hanse.messages.wire import (
     TaskRef,
     Welcome,
 )
-from hanse.transport.blobs import FolderBlobs, Incoming
+from hanse.transport.blobs import FolderBlobs, Incoming, open_file
 from hanse.transport.grpc import Peer, Server, serve
 
 FEDERATION, SITE = "test", "site-1"
@@ -106,8 +106,8 @@ class PlainServer:
         raise Refused("nothing to follow")
         yield
 
-    def readable(self, peer: Peer, blob: Blob) -> Path:
-        return self.blobs.path(blob)
+    def open_blob(self, peer: Peer, blob: Blob) -> int:
+        return open_file(self.blobs.path(blob))
 
     def incoming(self, peer: Peer, blob: Blob) -> Incoming:
         if self.full:

@@ -17,7 +17,7 @@ from hanse.environments import SimEnv
 from hanse.errors import ConfigError
 from hanse.jobs.fedavg import FedAvgRecipe
 from hanse.server.run import Run
-from hanse.tracking.values import Value, values
+from hanse.server.track import Target, track
 
 APP = """
 from hanse import App, FLModel
@@ -41,83 +41,84 @@ def run(tmp_path: Path, load: Callable[[str], Any]) -> Run:
     return recipe.execute(SimEnv(num_clients=2, workers=1, runs=tmp_path / "runs", console="quiet"))
 
 
-def track(run: Run, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command, as it is typed."""
-    command = [sys.executable, "-m", "hanse.cli.main", "track", str(run.folder), *options]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
+def command(run: Run, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`hanse track`, as it is typed."""
+    typed = [sys.executable, "-m", "hanse.cli.main", "track", str(run.folder), *options]
+    return subprocess.run(typed, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
 
 
-def test_values(run: Run) -> None:
-    found = list(values(run))
-    assert Value("", "loss", 0.5, 0) in found
-    assert Value("", "loss", 10.5, 1) in found
-    assert Value("site-2", "train/loss", 11.0, 1) in found
-    assert Value("site-1", "batch/loss", 0.25, 3) in found
-    assert Value("site-1", "note", "round 1 at site-1", 1, "text") in found
-    assert [value for value in values(run, sites=False) if value.site] == []
-
-
-def test_tensorboard(run: Run, tmp_path: Path) -> None:
-    pytest.importorskip("tensorboardX")
-    from hanse.tracking.tensorboard import write
-
-    folder = Path(write(run, str(tmp_path / "board")))
-    assert scalars(folder / "global") == {("loss", 0): 0.5, ("loss", 1): 10.5}
-    assert scalars(folder / "sites" / "site-2") == {
+def test_tensorboard(run: Run, tmp_path: Path, board: Callable[[Path], dict[tuple[str, int], float]]) -> None:
+    folder = Path(track(run.folder, Target("tensorboard", str(tmp_path / "board"))))
+    assert folder == tmp_path / "board" / run.folder.name
+    assert board(folder / "global") == {("loss", 0): 0.5, ("loss", 1): 10.5}
+    assert board(folder / "sites" / "site-2") == {
         ("train/loss", 0): 1.0, ("train/loss", 1): 11.0,
         ("batch/loss", 0): 1.0, ("batch/loss", 1): 0.5, ("batch/loss", 2): pytest.approx(1 / 3), ("batch/loss", 3): 0.25,
     }  # fmt: skip
+    small = Path(track(run.folder, Target("tensorboard", str(tmp_path / "small")), sites=False))
+    assert [path.name for path in small.iterdir()] == ["global"]
+
+
+def test_tensorboard_shows_the_job_texts_and_times(run: Run) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = Path(track(run.folder, Target("tensorboard")))
+    assert folder == run.folder / "tensorboard"
+    read = EventAccumulator(str(folder / "global"))
+    read.Reload()
+    (job,) = read.Tensors("job/text_summary")
+    assert b"seed: 7" in job.tensor_proto.string_val[0]
+    assert [event.wall_time for event in read.Scalars("loss")] == [event["time"] for event in run.events("round")]
+    site = EventAccumulator(str(folder / "sites" / "site-1"))
+    site.Reload()
+    notes = [event.tensor_proto.string_val[0] for event in site.Tensors("note/text_summary")]
+    assert notes == [b"round 0 at site-1", b"round 1 at site-1"]
+
+
+def test_tensorboard_mixes_no_two_runs_and_loses_none(run: Run) -> None:
+    (run.folder / "tensorboard" / "other").mkdir(parents=True)
     with pytest.raises(ConfigError, match="is not empty"):
-        write(run, str(folder))
-    write(run, str(tmp_path / "small"), sites=False)
-    assert [path.name for path in (tmp_path / "small").iterdir()] == ["global"]
+        track(run.folder, Target("tensorboard"))
+    (run.folder / "tensorboard" / "other").rmdir()
+    place = Path(track(run.folder, Target("tensorboard")))
+    place.rename(run.folder / "elsewhere")
+    (run.folder / ".track-tensorboard.json").write_text(json.dumps({"at": None, "key": str(place), "place": str(place), "bytes": 0}))
+    with pytest.raises(ConfigError, match=r"is gone, .*delete .*/.track-tensorboard.json"):
+        track(run.folder, Target("tensorboard"))
 
 
-def scalars(folder: Path) -> dict[tuple[str, int], float]:
-    """What an event file holds: TensorFlow's records, each of one protobuf message with its length and two checksums."""
-    from tensorboardX.crc32c import crc32c
-    from tensorboardX.proto.event_pb2 import Event
-
-    found = {}
-    (path,) = folder.iterdir()
-    data = path.read_bytes()
-    while data:
-        size = int.from_bytes(data[:8], "little")
-        body, check = data[12 : 12 + size], int.from_bytes(data[12 + size : 16 + size], "little")
-        plain = crc32c(body)
-        assert check == (((plain >> 15) | (plain << 17)) + 0xA282EAD8) & 0xFFFFFFFF
-        event = Event.FromString(body)
-        found |= {(value.tag, event.step): value.simple_value for value in event.summary.value if value.HasField("simple_value")}
-        data = data[16 + size :]
-    return found
-
-
-def test_mlflow(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mlflow = pytest.importorskip("mlflow")
+@pytest.fixture
+def file_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where MLflow may keep runs in plain folders."""
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    from hanse.tracking.mlflow import write
+    return (tmp_path / "mlruns").as_uri()
 
-    at = (tmp_path / "mlruns").as_uri()
-    key = write(run, at)
-    client = mlflow.MlflowClient(at)
-    found = client.get_run(key)
+
+def test_mlflow(run: Run, file_store: str) -> None:
+    from mlflow import MlflowClient
+
+    place = track(run.folder, Target("mlflow", file_store))
+    client = MlflowClient(file_store)
+    (found,) = client.search_runs([client.get_experiment_by_name("tracked").experiment_id])
+    assert found.info.run_id in place
     assert (found.info.status, found.info.run_name) == ("FINISHED", run.folder.name)
-    assert client.get_experiment(found.info.experiment_id).name == "tracked"
-    assert {(metric.step, metric.value) for metric in client.get_metric_history(key, "loss")} == {(0, 0.5), (1, 10.5)}
-    assert {(metric.step, metric.value) for metric in client.get_metric_history(key, "site-2/train/loss")} == {(0, 1.0), (1, 11.0)}
-    assert len(client.get_metric_history(key, "site-1/batch/loss")) == 4
+    losses = client.get_metric_history(found.info.run_id, "loss")
+    assert [(m.step, m.value, m.timestamp) for m in losses] == [
+        (event["round"], event["metrics"]["loss"], round(event["time"] * 1000)) for event in run.events("round")
+    ]
+    assert {(m.step, m.value) for m in client.get_metric_history(found.info.run_id, "site-2/train/loss")} == {(0, 1.0), (1, 11.0)}
+    assert len(client.get_metric_history(found.info.run_id, "site-1/batch/loss")) == 4
     assert (found.data.params["seed"], found.data.params["rounds"], found.data.params["recipe"]) == ("7", "2", "fedavg")
     assert found.data.tags["site-1/note"] == "round 1 at site-1"
-    assert client.get_run(write(run, at)).info.experiment_id == found.info.experiment_id
     with pytest.raises(ConfigError, match="MLflow does not take the run"):
-        write(run, "nowhere://x")
+        track(run.folder, Target("mlflow", "nowhere://x"))
 
 
 def test_wandb_offline(run: Run) -> None:
-    pytest.importorskip("wandb")
-    done = track(run, "--to", "wandb", WANDB_MODE="offline")
+    done = command(run, "--to", "wandb", WANDB_MODE="offline")
     assert done.returncode == 0, done.stderr
-    (path,) = run.folder.glob("wandb/offline-run-*/run-*.wandb")
+    (path,) = Path(done.stdout.strip()).glob("run-*.wandb")
+    assert path.parent.parent == run.folder / "wandb"
     history = history_of(path)
     assert {(row["step"], row["loss"]) for row in history if "loss" in row} == {(0, 0.5), (1, 10.5)}
     assert {(row["step"], row["site-2/train/loss"]) for row in history if "site-2/train/loss" in row} == {(0, 1.0), (1, 11.0)}
@@ -125,7 +126,10 @@ def test_wandb_offline(run: Run) -> None:
 
 
 def history_of(path: Path) -> list[dict[str, Any]]:
-    """What an offline run's file holds: seven bytes, then LevelDB's log, whose records are protobuf messages, in blocks of 32 KiB."""
+    """What an offline run's file holds: seven bytes, then LevelDB's log, whose records are protobuf messages, in blocks of 32 KiB.
+
+    wandb 0.31 reads it in Go alone, to upload it: there is no reader to call.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, rows, whole = path.read_bytes(), 7, [], b""
@@ -144,5 +148,25 @@ def history_of(path: Path) -> list[dict[str, Any]]:
 
 
 def test_a_receiver_that_is_not_there(run: Run) -> None:
-    done = track(run, "--to", "graphite")
-    assert (done.returncode, done.stderr) == (2, "error: --to is 'graphite': it must be one of mlflow, tensorboard, wandb\n")
+    done = command(run, "--to", "graphite")
+    assert done.returncode == 2
+    assert done.stderr == "error: there is no receiver 'graphite': it must be one of mlflow, tensorboard, wandb\n"
+
+
+def test_wandb_offline_goes_on_under_the_same_id(run: Run) -> None:
+    """In a folder of its own, as `wandb sync` takes it."""
+    facts = json.loads((run.folder / "run.json").read_text())
+    first_round = next(end for end, text in ends_of((run.folder / "metrics.jsonl").read_text()) if json.loads(text)["event"] == "round")
+    for known in ({**facts, "status": "running", "events": first_round}, facts):
+        (run.folder / "run.json").write_text(json.dumps(known))
+        done = command(run, "--to", "wandb", WANDB_MODE="offline")
+        assert done.returncode == 0, done.stderr
+    first, second = sorted(run.folder.glob("wandb/offline-run-*/run-*.wandb"))
+    assert first.name == second.name
+    assert [[row["loss"] for row in history_of(path) if "loss" in row] for path in (first, second)] == [[0.5], [10.5]]
+
+
+def ends_of(text: str) -> list[tuple[int, str]]:
+    """Where each line ends, and the line."""
+    lines = text.splitlines(keepends=True)
+    return [(sum(map(len, lines[: at + 1])), line) for at, line in enumerate(lines)]

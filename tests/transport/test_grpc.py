@@ -21,7 +21,7 @@ from hanse.errors import ConfigError, Failure, HanseError, IdentityError, LinkBr
 from hanse.identity.authority import Authority, new_key, public_key
 from hanse.identity.certificates import Credentials, Identity, Role
 from hanse.messages.wire import Blob, FromServer, FromSite, Hello, Left, Request, Welcome, encode_message
-from hanse.transport.blobs import FolderBlobs, Incoming
+from hanse.transport.blobs import FolderBlobs, Incoming, open_file
 from hanse.transport.calls import MAX_MESSAGE_BYTES, SERVICE, Position
 from hanse.transport.grpc import Client, Limits, Peer, Server, serve
 
@@ -92,8 +92,8 @@ class Desk:
         finally:
             self.ended.set()
 
-    def readable(self, peer: Peer, blob: Blob) -> Path:
-        return self.blobs.path(self.rotten or blob)
+    def open_blob(self, peer: Peer, blob: Blob) -> int:
+        return open_file(self.blobs.path(self.rotten or blob))
 
     def incoming(self, peer: Peer, blob: Blob) -> Incoming:
         return self.blobs.incoming(blob)

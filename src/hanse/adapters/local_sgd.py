@@ -89,6 +89,8 @@ class LocalSGD:
                 or (name == "lr" and value == 0)
             ):
                 raise ConfigError(f"{name} is {value!r}: it must be a number from 0, and lr above it")
+        if self.optimizer is not None and not callable(self.optimizer):
+            raise ConfigError(f"optimizer is {self.optimizer!r}: it must be a function (parameters) -> torch.optim.Optimizer")
         if self.optimizer is not None and (self.momentum or self.weight_decay):
             raise ConfigError("momentum and weight_decay are those of SGD: give them to your own optimizer instead")
         if self.stacked and self.optimizer is not None:
@@ -147,11 +149,18 @@ class LocalSGD:
             module = copy.deepcopy(self.module) if isinstance(self.module, nn.Module) else self.module()
             if not isinstance(module, nn.Module):
                 raise ConfigError(f"module made a {type(module).__name__}: it must make a torch.nn.Module")
-            self._made.append(_Resident(module.to(self.device), self.loss))
+            try:
+                module.to(self.device)
+            except (RuntimeError, AssertionError) as error:
+                raise ConfigError(f"LocalSGD(device={self.device!r}) cannot train here: {error}") from error
+            self._made.append(_Resident(module, self.loss))
         return self._made[0]
 
     def _data_of(self, site: Site) -> tuple[Tensor, Tensor]:
-        inputs, labels = self.data(site)
+        given = self.data(site)
+        if not isinstance(given, tuple | list) or len(given) != 2:
+            raise ConfigError(f"data gave a {type(given).__name__}: it must give (inputs, labels), two tensors with one row an example")
+        inputs, labels = given
         if not isinstance(inputs, Tensor) or not isinstance(labels, Tensor) or inputs.shape[:1] != labels.shape[:1] or not inputs.shape:
             raise ConfigError("data must give (inputs, labels), two tensors with as many rows, one for each example")
         if not inputs.shape[0]:

@@ -31,6 +31,7 @@ _POINTWISE = {
     nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softsign, nn.Tanh, nn.Tanhshrink,
 }  # fmt: skip
 _RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.RNNBase, nn.MultiheadAttention)
+_FEW_CLASSES = 16  # fewer do not fill a vector register
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -236,6 +237,8 @@ def _forward(layers: Sequence[tuple[str, nn.Module]], stack: Mapping[str, Tensor
 def _loss_of_each(outputs: Tensor, labels: Tensor, loss: str) -> Tensor:
     """The loss of each example, shape (S, B)."""
     if loss == "cross_entropy":
+        if outputs.shape[2] < _FEW_CLASSES <= outputs.shape[1]:  # along the examples: up to four times as quick
+            return functional.cross_entropy(outputs.transpose(1, 2).contiguous(), labels, reduction="none")
         return functional.cross_entropy(outputs.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
     return LOSSES[loss](outputs, labels, reduction="none").flatten(2).mean(2)
 

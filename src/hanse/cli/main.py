@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,6 +42,7 @@ def run(
     engine: Annotated[str, typer.Option(help="Where the workers are: processes, of this machine, or ray, a cluster.")] = "processes",
     address: Annotated[str | None, typer.Option(help="The Ray cluster's head, HOST:PORT, or auto; default: one on this machine.")] = None,
     runs: Annotated[Path, typer.Option(help="Where to make the run folder.")] = Path("runs"),
+    track: Annotated[str | None, typer.Option(help="Where its metrics go meanwhile: tensorboard, mlflow or wandb, or NAME=WHERE.")] = None,
     json: Json = False,
 ) -> None:
     """Run a job folder, with simulated sites on this machine or a Ray cluster."""
@@ -55,7 +55,7 @@ def run(
     config = read_mapping(site_config) if site_config else {}
     console = "json" if json else "auto"
     size: dict[str, Any] = {"workers": workers, "threads": threads, "engine": engine, "address": address}
-    env = SimEnv(num_clients=number, sites=names, site_config=config, **size, runs=runs, console=console)
+    env = SimEnv(num_clients=number, sites=names, site_config=config, **size, runs=runs, track=track, console=console)
     read_job(folder).execute(env)
 
 
@@ -92,16 +92,17 @@ def track(
     folder: Annotated[Path, typer.Argument(help="A run folder.")],
     to: Annotated[str, typer.Option(help="tensorboard, mlflow or wandb.")],
     at: Annotated[str | None, typer.Option(help="A folder for TensorBoard, a tracking URI for MLflow, a project for wandb.")] = None,
-    sites: Annotated[bool, typer.Option(help="Each site's values too, and not only the federation's.")] = True,
+    sites: Annotated[bool | None, typer.Option(help="Each site's values too; default: of up to 100 sites.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run has ended, or until Ctrl-C.")] = False,
 ) -> None:
-    """Write a run's metrics where they are looked at, and print where that is."""
-    from hanse.server.run import Run
+    """Write what is new of a run's metrics where they are looked at, and print where that is."""
+    from hanse.server.track import Target
+    from hanse.server.track import track as track_run
 
-    receivers = entry_points(group="hanse.receivers")
-    if to not in receivers.names:
-        raise ConfigError(f"--to is {to!r}: it must be one of {', '.join(sorted(receivers.names))}")
-    run = Run(folder)
-    typer.echo(receivers[to].load()(run, at, sites=sites))
+    def say(level: str, text: str) -> None:
+        typer.echo(f"{level}: {text}", err=True)
+
+    typer.echo(track_run(folder, Target(to, at), sites=sites, follow=follow, say=say))
 
 
 @app.command()

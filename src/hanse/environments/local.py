@@ -30,6 +30,8 @@ _TAIL_BYTES = 2_000
 
 OPEN_POLICY = """\
 # A federation on one machine, for trying out: whatever a job asks is allowed, and what it prints is shown. Not for a real site.
+meta:
+  allow: ["*"]
 logs: true
 sandbox: "off"
 """

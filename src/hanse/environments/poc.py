@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hanse.environments.local import OPEN_POLICY, local_federation, local_projec
 from hanse.environments.loop import run_async
 from hanse.environments.remote_run import STOPPED_WITHIN_S, RemoteRun
 from hanse.environments.settings import check_console, check_site_config, check_sites, roster_of
-from hanse.errors import LinkBroken, Refused
+from hanse.errors import LinkBroken, NotInstalled, Refused
 from hanse.identity.kit import read_kit
 from hanse.jobs.recipe import Recipe
 from hanse.server.run import Run
@@ -46,6 +47,9 @@ class PocEnv:
     console: str = "auto"
 
     def __post_init__(self) -> None:
+        for package in ("aiosqlite", "sqlalchemy"):  # which only the server's process imports
+            if find_spec(package) is None:
+                raise NotInstalled(f"PocEnv needs the package {package!r}.", hint="Install it with: pip install 'hanse[server]'")
         check_sites(self, self.num_clients, self.sites)
         check_site_config(self.site_config, self.roster())
         check_console(self, self.console)

@@ -19,6 +19,8 @@ from hanse.server.console import Console
 from hanse.server.run import Run
 from hanse.server.run_folder import RunFolder, first_facts, open_run, sites_as_data
 from hanse.server.runner import run_to_end
+from hanse.server.track import Target
+from hanse.server.tracker import Tracker
 from hanse.simulation.clock import Devices, VirtualClock
 from hanse.simulation.engine import Crew, SimulatedSites
 from hanse.simulation.processes import Processes
@@ -42,6 +44,7 @@ class SimEnv:
     devices: how fast the sites' devices are, for a simulated clock; None: time is real.
     engine: "processes" of this machine, or "ray": each worker is an actor on a Ray cluster. address: of that, "host:port" of its head, or
         "auto" on one of its nodes; None: one on this machine, started for the job.
+    track: where the run's values go while it runs: "tensorboard", "mlflow" or "wandb", or "NAME=WHERE".
     console: "auto", "plain", "rich", "json" or "quiet".
     """
 
@@ -55,6 +58,7 @@ class SimEnv:
     devices: Devices | None = None
     engine: str = "processes"
     address: str | None = None
+    track: str | None = None
     console: str = "auto"
 
     def __post_init__(self) -> None:
@@ -64,6 +68,8 @@ class SimEnv:
         if self.engine == "processes" and not hasattr(os, "fork"):
             raise ConfigError("SimEnv forks its workers, which this system cannot: use Linux, macOS, or WSL on Windows")
         check_console(self, self.console)
+        if self.track is not None:
+            Target.of(self.track)
         check_site_config(self.site_config, self.roster())
         given: Any = self.devices
         if isinstance(given, Mapping):  # out of a run folder
@@ -96,8 +102,13 @@ class SimEnv:
         workers = min(workers, len(roster))
         console = Console(self.console)
         folder = self._open_folder(recipe, roster, workers, console)
+        tracker = None if self.track is None else Tracker(self.track, folder.path)
         with folder.held():
-            self._run(recipe, roster, workers, crew, folder)
+            try:
+                self._run(recipe, roster, workers, crew, folder, tracker)
+            finally:
+                for level, text in [] if tracker is None else tracker.finish():
+                    console.show({"event": "message", "level": level, "text": text})
         return Run(folder.path)
 
     def _check_engine(self) -> None:
@@ -106,7 +117,9 @@ class SimEnv:
         if self.address is not None and (self.engine != "ray" or not isinstance(self.address, str)):
             raise ConfigError(f"SimEnv has address={self.address!r}: it is 'host:port' of a Ray cluster's head, with engine='ray'")
 
-    def _run(self, recipe: Recipe, roster: Roster, workers: int, crew: Callable[[Staff], Crew], folder: RunFolder) -> None:
+    def _run(
+        self, recipe: Recipe, roster: Roster, workers: int, crew: Callable[[Staff], Crew], folder: RunFolder, tracker: Tracker | None
+    ) -> None:
         folder.write_facts(status="running", reason="")
         model, states = recipe.first_model()[0], dict[str, bytes]()
         clock = None if self.devices is None else VirtualClock(self.devices)
@@ -125,12 +138,20 @@ class SimEnv:
         )
 
         async def simulate() -> FLModel:
-            def warn(text: str) -> None:
-                folder.event("message", level="warning", text=text)
+            def say(level: str, text: str) -> None:
+                folder.event("message", level=level, text=text)
 
+            def warn(text: str) -> None:
+                say("warning", text)
+
+            if tracker is not None:
+                tracker.start(say)
             async with SimulatedSites(staff, workers=workers, crew=crew(staff), states=states, warn=warn) as sites:
                 folder.states = lambda: sites.states
-                cohort = Cohort(sites, folder, job_id=recipe.name, seed=recipe.seed, filters=recipe.filters, clock=clock)
+                scripted = recipe.script is not None
+                cohort = Cohort(
+                    sites, folder, job_id=recipe.name, seed=recipe.seed, filters=recipe.filters, clock=clock, by_roster=scripted
+                )
                 return await recipe.workflow()(cohort, model)
 
         folder.event(
@@ -160,8 +181,9 @@ class SimEnv:
                     {"event": "message", "level": "warning", "text": f"{error}. It runs, but cannot be resumed from its folder alone."}
                 )
         described = {name: value for name, value in asdict(self).items() if name not in ("resume", "runs", "console", "workers")}
-        if self.devices is None:
-            del described["devices"]
+        for unset in ("devices", "track"):
+            if described[unset] is None:
+                del described[unset]
         if self.engine == "processes":
             del described["engine"], described["address"]
         facts = first_facts(recipe, roster, job, described) if self.resume is None else _facts_of_same_job(path, recipe, roster)

@@ -32,7 +32,8 @@ class Kit(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_default
     Of the server: listen, host:port to listen at; database, an SQLAlchemy URL (default SQLite in the state folder); blobs, a folder or
     an s3:// URL (default a folder in the state folder); certificate_days, how long the certificates that it issues are good; sandbox,
     whether workflows run in one: required, preferred or off; absence_s, after how many seconds away a site that is asked counts as failed;
-    max_running, how many jobs run at once (default: as many as the sites have room for).
+    max_running, how many jobs run at once (default: as many as the sites have room for); track, where the values of each job go while it
+    runs, a receiver's name, or NAME=WHERE.
     Of a site: policy, a file relative to the kit; resources, what jobs may take (default: all that the machine has);
     config, JSON values for training code; data, the files and folders that training code may read, relative to the kit;
     keep, folders that it may read and write, made if they are not there, whose files stay when the job ends, relative to the kit;
@@ -51,6 +52,7 @@ class Kit(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_default
     sandbox: SandboxMode = "required"
     absence_s: Annotated[float, msgspec.Meta(gt=0)] = 60
     max_running: Annotated[int, msgspec.Meta(gt=0)] | None = None
+    track: str | None = None
     state: str = "state"
     metrics: Address | None = None
     policy: str = "policy.yaml"

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
 from hanse.errors import ConfigError
+from hanse.server.events import Event, one_by_one
 from hanse.server.wording import as_number, duration, in_order, number, one_line, plural, printable
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ MAX_FAILURES = 10  # lines a round; the rest are summed up
 MAX_SITES = 12  # rows of the closing table; more sites are summed up
 REDRAW_S = 0.05  # least time between two drawings of the progress line
 
-Event = Mapping[str, Any]
 Part = tuple[str, str]  # text and its style
 
 
@@ -61,8 +61,11 @@ class Console:
 
         If nobody reads any more, as after `| head`, the console falls silent and the job goes on.
         """
+        if self.mode == "quiet":
+            return
         try:
-            self._show(event)
+            for each in one_by_one(event):
+                self._show(each)
         except BrokenPipeError:
             self.mode, self._rich = "quiet", None
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())  # so that nothing is left to fail at exit
@@ -71,8 +74,6 @@ class Console:
         if self.mode == "json":
             self._file.write(json.dumps(_json_value(event)) + "\n")
             self._file.flush()
-            return
-        if self.mode == "quiet":
             return
         match event.get("event"):
             case "start":
@@ -141,6 +142,8 @@ class Console:
             (f"{duration(as_number(event.get('seconds')) or 0.0):>8}", "dim"),
             (f"  {good:>{len(str(asked))},}/{asked:,} sites", "" if good == asked else "yellow"),
         ]
+        if (simulated := event.get("virtual_s")) is not None:
+            parts.append((f"  {duration(as_number(simulated) or 0.0)} simulated", ""))
         room = self._width - sum(len(text) for text, _ in parts)
         metrics = [(one_line(str(name), 24), f"{number(value):<6}") for name, value in (event.get("metrics") or {}).items()]
         for index, (name, value) in enumerate(metrics):

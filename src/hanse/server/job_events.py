@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import contextlib
+import logging
+import os
 from collections import deque
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 from hanse.errors import Refused
+from hanse.sandbox import files_beneath, open_beneath
+from hanse.server.events import Event, events_in
+from hanse.server.job_link import is_full
 from hanse.server.run_folder import EVENTS
 
 LOGS = "logs"
@@ -19,7 +23,7 @@ MAX_WAITING = 10_000
 _MAX_OLD_LINES = 1_000
 _MAX_RECENT = 100_000  # of a round; should there be more, a follower that comes in the round misses the first
 
-Event = dict[str, Any]
+logger = logging.getLogger(__name__)
 
 
 class JobEvents:
@@ -27,8 +31,8 @@ class JobEvents:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._path = folder / EVENTS
-        self._written_bytes = self._path.stat().st_size if self._path.is_file() else 0
+        path = folder / EVENTS
+        self._written_bytes = path.stat().st_size if path.is_file() else 0
         self._recent: deque[Event] = deque(maxlen=_MAX_RECENT)
         self._followers: set[asyncio.Queue[Event | None]] = set()
         self._over = False
@@ -49,10 +53,15 @@ class JobEvents:
 
     def output(self, site: str, lines: list[str]) -> None:
         """Training code at the site printed these lines: they go to the site's log."""
-        folder = self._folder / LOGS
-        folder.mkdir(exist_ok=True)
-        with (folder / f"{site}.log").open("a") as file:
-            file.writelines(line + "\n" for line in lines)
+        with contextlib.suppress(FileExistsError):
+            (self._folder / LOGS).mkdir()
+        try:
+            with open(open_beneath(self._folder, f"{LOGS}/{site}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a") as file:
+                file.writelines(line + "\n" for line in lines)
+        except OSError as error:
+            if is_full(error):
+                raise
+            logger.warning("what site %s prints is not kept: %s", site, error)  # the workflow's code put something else in its place
         for line in lines:
             self._tell({"event": "output", "site": site, "line": line})
 
@@ -69,7 +78,7 @@ class JobEvents:
         Raises Refused if the reader lags too far behind.
         """
         queue: asyncio.Queue[Event | None] = asyncio.Queue(MAX_WAITING + 1)
-        events = [*_old_output(self._folder), *_events(self._path, None if self._over else self._written_bytes), *self._recent]
+        events = [*_old_output(self._folder), *_events(self._folder, None if self._over else self._written_bytes), *self._recent]
         live = live and not self._over
         if live:
             self._followers.add(queue)
@@ -89,16 +98,15 @@ class JobEvents:
                 follower.put_nowait(event)
 
 
-def _events(path: Path, size: int | None) -> list[Event]:
-    if not path.is_file():
-        return []
-    with path.open("rb") as file:
-        return [json.loads(line) for line in file.read(-1 if size is None else size).splitlines()]
+def _events(folder: Path, size: int | None) -> list[Event]:
+    with contextlib.suppress(OSError), open(open_beneath(folder, EVENTS), "rb") as file:
+        return [event for line in file.read(-1 if size is None else size).splitlines() for event in events_in(line)]
+    return []
 
 
 def _old_output(folder: Path) -> list[Event]:
     events: list[Event] = []
-    for path in sorted((folder / LOGS).glob("*.log")):
-        lines = path.read_text(errors="replace").splitlines()[-_MAX_OLD_LINES:]
-        events += [{"event": "output", "site": path.stem, "line": line} for line in lines]
+    for path in sorted(path for path in map(Path, files_beneath(folder)) if path.parent == Path(LOGS)):
+        with contextlib.suppress(OSError), open(open_beneath(folder, path), errors="replace") as file:
+            events += [{"event": "output", "site": path.stem, "line": line} for line in file.read().splitlines()[-_MAX_OLD_LINES:]]
     return events

@@ -82,7 +82,8 @@ def run(link: MemoryLink, start: Start) -> Finished:
             task = asyncio.current_task()
             assert task is not None
             with sites.listening(stop=task.cancel):
-                cohort = Cohort(sites, folder, job_id=recipe.name, seed=recipe.seed, filters=recipe.filters)
+                scripted = recipe.script is not None
+                cohort = Cohort(sites, folder, job_id=recipe.name, seed=recipe.seed, filters=recipe.filters, by_roster=scripted)
                 try:
                     return await recipe.workflow()(cohort, first.pop())
                 except Exception as error:

@@ -16,6 +16,7 @@ from hanse.identity.certificates import Credentials, Role, addresses_of
 from hanse.identity.kit import CREDENTIALS, Kit
 from hanse.process import tune_memory
 from hanse.server.service import FederationServer, Settings
+from hanse.server.track import Target
 from hanse.transport.grpc import serve
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,9 @@ async def _serve(kit: Kit, service: FederationServer, ended: asyncio.Event, read
 
 
 def settings_of(kit: Kit) -> Settings:
-    """How a server with this kit runs."""
+    """How a server with this kit runs. Raises ConfigError, NotInstalled for a receiver that cannot be had."""
+    if kit.track is not None:
+        Target.of(kit.track)
     blobs = kit.blobs if kit.blobs is None or "://" in kit.blobs else str(kit.folder / kit.blobs)
     return Settings(
         state=kit.state_folder,
@@ -77,6 +80,7 @@ def settings_of(kit: Kit) -> Settings:
         max_running=kit.max_running,
         sandbox=kit.sandbox,
         hidden=[kit.folder],
+        track=kit.track,
     )
 
 

@@ -15,16 +15,16 @@ import os
 import shlex
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from hanse.errors import ConfigError, NotInstalled
 from hanse.server.chart import Chart, Columns, Points, bars, curves
+from hanse.server.events import Event, read_events
 from hanse.server.statistics_section import statistics_section
 from hanse.server.wording import as_number, duration, in_order, number, plural, printable, quantity
 
@@ -36,8 +36,6 @@ MAX_ROWS = 100  # of failures, texts, log lines
 FEW = 10  # failures shown before a fold
 MAX_CELLS = 40  # rows and columns of a cross-site table
 MAX_TEXT = 1500  # characters of one message
-
-Event = Mapping[str, Any]
 
 
 def write_report(folder: Path) -> Path:
@@ -192,24 +190,6 @@ class History:
             self.texts[key, site] = (str(kind), value)
 
 
-def read_events(journal: Path) -> Iterator[Event]:
-    """The events of a `metrics.jsonl`, streamed. None if there is no such file; a line cut short by a crash is passed over."""
-    if not journal.exists():
-        return
-    decode = msgspec.json.Decoder().decode
-    with journal.open("rb") as lines:
-        for line in lines:
-            try:
-                event = decode(line)
-            except msgspec.DecodeError:
-                try:
-                    event = json.loads(line)  # takes NaN and Infinity too, which strict JSON does not know
-                except ValueError:
-                    continue
-            if isinstance(event, dict):
-                yield event
-
-
 def _read_run(folder: Path) -> dict[str, Any]:
     try:
         run = json.loads((folder / "run.json").read_bytes())
@@ -246,6 +226,7 @@ def _view(run: Event, history: History, folder: Path) -> dict[str, Any]:
         "total": rounds.get("total"),
         "site_count": count,
         "seconds": _total_seconds(run, history),
+        "virtual_s": _simulated_seconds(history),
         "participation": _participation(history.rounds),
         "failure_count": sum(history.failure_codes.values()),
         "failures": history.failures,
@@ -310,6 +291,12 @@ def _total_seconds(run: Event, history: History) -> float:
         return ended - started
     times = [as_number(event.get("seconds")) or 0.0 for event in history.rounds.values()]
     return math.fsum(times) if times else math.nan
+
+
+def _simulated_seconds(history: History) -> float | None:
+    """When the last round was committed, by the simulated clock; None if time was real."""
+    last: Event = history.rounds[max(history.rounds)] if history.rounds else {}
+    return as_number(last["virtual_s"]) if last.get("virtual_s") is not None else None
 
 
 def _participation(rounds: Mapping[int, Event]) -> str:

@@ -11,7 +11,8 @@ from hanse.errors import ConfigError
 from hanse.messages.codec import read
 from hanse.messages.flmodel import FLModel
 from hanse.server.console import Console
-from hanse.server.report import read_events, write_report
+from hanse.server.events import read_events
+from hanse.server.report import write_report
 
 
 class Run:

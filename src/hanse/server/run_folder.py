@@ -23,6 +23,7 @@ from hanse.transport.blobs import map_file, take_over
 from hanse.transport.courier import Roster
 
 RUN, EVENTS, COMMIT, MODEL, BEST = "run.json", "metrics.jsonl", "commit.safetensors", "model.safetensors", "best.safetensors"
+STATISTICS = "statistics.json"
 EARLIER, SPARE = "commit-before.safetensors", ".commit-spare.safetensors"
 MAPPED_FROM_BYTES = 32 << 20
 """A committed model of this size goes on as a mapping of its file, so that it is not in memory twice while the next one is summed."""
@@ -53,6 +54,7 @@ class RunFolder:
         self._listen = listen
         self._progress = progress
         self._pending: list[str] = []
+        self._statistics: dict[str, Any] | None = None
         self._round = 0
 
     @staticmethod
@@ -79,6 +81,8 @@ class RunFolder:
         if kind in ("start", "round", "end"):
             event["time"] = time.time()
         self._pending.append(_encode(event) + "\n")
+        if kind == "statistics":
+            self._statistics = {name: fact for name, fact in facts.items() if name != "round"}
         self._listen(event)
 
     def progress(self, done: int, asked: int) -> None:
@@ -96,7 +100,7 @@ class RunFolder:
         with self._one_before(), self._new_file() as file:
             write(file, replace(model, params=tree), fields)
         self.commits += 1
-        self.write_facts(**self._reached(model))
+        self.write_facts(**self._reached(model), events=written)
         self.committed(written)
         if (self.path / COMMIT).stat().st_size < MAPPED_FROM_BYTES:
             return model
@@ -160,12 +164,13 @@ class RunFolder:
             (self.path / left).unlink(missing_ok=True)
         if not (self.path / COMMIT).is_file():
             (self.path / EVENTS).unlink(missing_ok=True)
+            self.facts |= {"events": 0}
             return None
         model, fields = read(self.path / COMMIT)
         self.commits = fields["commits"]
         self.best = None if fields["best"] is None else Best(**fields["best"])
         os.truncate(self.path / EVENTS, fields["events"])
-        self.facts |= self._reached(model)  # it may have been killed before it wrote them
+        self.facts |= {**self._reached(model), "events": fields["events"]}  # it may have been killed before it wrote them
         tree = model.params
         return replace(model, params=tree["model"]), tree["states"]
 
@@ -223,7 +228,11 @@ class RunFolder:
                 path.unlink(missing_ok=True)
 
     def _write_events(self) -> int:
-        """Append the pending events; returns the file's length."""
+        """Append the pending events, and write statistics to a file of their own too; returns the length of the events' file."""
+        if self._statistics is not None:
+            text = json.dumps(self._statistics, indent=1, default=scalar)
+            (self.path / STATISTICS).write_text(text + "\n")
+            self._statistics = None
         with (self.path / EVENTS).open("a") as file:
             file.writelines(self._pending)
             self._pending.clear()

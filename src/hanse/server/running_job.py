@@ -23,7 +23,7 @@ from hanse.messages.codec import Buffer, decode_update
 from hanse.messages.task import TaskId
 from hanse.messages.wire import Assignment, Blob, Delivery, FromServer, Payload, TaskRef, Withdraw
 from hanse.messages.wire import Received as ReceivedUpdate
-from hanse.sandbox import Sandbox, environment
+from hanse.sandbox import Sandbox, environment, remove_links
 from hanse.server.blob_store import BlobStore
 from hanse.server.job_events import JobEvents
 from hanse.server.job_link import (
@@ -43,6 +43,7 @@ from hanse.server.job_link import (
 )
 from hanse.server.run_folder import RUN, RunFolder
 from hanse.server.store import Job, Store, UpdateKey
+from hanse.server.tracker import Tracker
 from hanse.transport.memory import MemoryLink, Received
 
 TRIES = 4
@@ -98,7 +99,8 @@ class RunningJob:
     the workflow gets those that were acknowledged from the store, and the sites bring the others again.
 
     ended: awaited with how the job ended, once. absence_s: a site that is away for longer is not waited for. sandbox: for the process; it
-    has the run folder to write, and the blobs to read. arrived: told of each update that came, "accepted" or "refused", and its bytes.
+    has the run folder to write, and the blobs to read. tracker: started and closed with the job. arrived: told of each update that came,
+    "accepted" or "refused", and its bytes.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class RunningJob:
         ended: Callable[[Finished], Awaitable[None]],
         absence_s: float,
         sandbox: Sandbox | None = None,
+        tracker: Tracker | None = None,
         arrived: Callable[[str, int], object] = lambda outcome, size: None,
     ) -> None:
         self.id, self.name, self.roster, self.folder = job.id, job.name, tuple(roster), folder
@@ -133,6 +136,7 @@ class RunningJob:
         self._stopping = self._full = False
         self._background: set[asyncio.Task[None]] = set()
         self._keeper: asyncio.Task[None] | None = None
+        self._tracker = tracker
         self.pid: int | None = None
         """Of the workflow's process, while it runs."""
 
@@ -140,6 +144,9 @@ class RunningJob:
         """Start the workflow, from its last commit if there is one."""
         self._keeper = asyncio.create_task(self._keep_running(), name=f"job {self.id}")
         self._keeper.add_done_callback(self._log_failure)
+        if (tracker := self._tracker) is not None:
+            tracker.start(self._tracked)
+            self._keeper.add_done_callback(lambda _: tracker.close())
 
     async def stop(self) -> None:
         """Stop the workflow for good; what it has committed is its result. Returns when the job has ended."""
@@ -363,6 +370,11 @@ class RunningJob:
             await asyncio.sleep(wait_s)
             wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
 
+    def _tracked(self, level: str, text: str) -> None:
+        logger.log(logging.WARNING if level == "warning" else logging.INFO, "job %s: %s", self.id, text)
+        if level == "warning":
+            self._events.add({"event": "message", "level": level, "text": text})
+
     def _after_death(self, status: int, deaths: int) -> Finished | None:
         """How the job has ended, if it has, now that its process is gone."""
         if self._stopping:
@@ -388,6 +400,7 @@ class RunningJob:
         for out in self._open.values():
             out.asked = False
         self._events.begin()
+        await asyncio.to_thread(remove_links, self.folder)
         try:
             with (self.folder / LOG).open("ab") as log:
                 arguments = ["-P", "-m", "hanse.server.job_process", str(descriptor)]
@@ -420,6 +433,7 @@ class RunningJob:
                 await process.wait()
             there.close()
             here.close()
+            await asyncio.to_thread(remove_links, self.folder)
         assert process.returncode is not None
         if finished is None and not self._stopping and (self._full or process.returncode == NO_ROOM):
             raise StorageFull("the workflow's process found no room.", hint="Make room on the server's disk.")

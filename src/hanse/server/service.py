@@ -24,7 +24,7 @@ from hanse.figures import Figure
 from hanse.identity.authority import Authority
 from hanse.identity.certificates import Credentials, Role
 from hanse.jobs.archive import Manifest, open_manifest, trimmed, unpack
-from hanse.jobs.bundle import MODEL, digest, versions
+from hanse.jobs.bundle import MODEL, versions
 from hanse.messages.wire import (
     Blob,
     Delivery,
@@ -42,7 +42,7 @@ from hanse.messages.wire import (
     Welcome,
     arguments_of,
 )
-from hanse.sandbox import Sandbox, SandboxMode
+from hanse.sandbox import Sandbox, SandboxMode, files_beneath, open_beneath
 from hanse.server.arguments import ForToken, Logs, Named, Nothing, OfJob, OfSite, Signing, Submission
 from hanse.server.blob_store import BlobStore
 from hanse.server.job_events import JobEvents
@@ -52,10 +52,11 @@ from hanse.server.run_folder import COMMIT
 from hanse.server.running_job import TASKS, RunningJob
 from hanse.server.scheduler import Queued, room, starts
 from hanse.server.store import Job, Member, Store
-from hanse.transport.blobs import Incoming, blob_path
+from hanse.server.tracker import Tracker
+from hanse.transport.blobs import Incoming, blob_of, blob_path, open_file
 from hanse.transport.grpc import Peer
 
-JOB = "job"
+JOB, TRACKING = "job", "tracking"
 OFFER_WITHIN_S = 5.0
 """So long a submission waits for what connected sites say to the job."""
 
@@ -75,7 +76,7 @@ class Settings:
     address: host:port for join tokens. certificate_days: how long the certificates that it issues are good.
     absence_s: a site that is away for longer while a task waits for it counts as failed. max_running: jobs at once; None: no limit.
     sandbox: whether workflows, with the jobs' own code, run in one: required, preferred (without where it cannot be had) or off. hidden:
-    folders with keys, which are not visible in it, as `state` is not.
+    folders with keys, which are not visible in it, as `state` is not. track: where the values of each job go while it runs.
     """
 
     state: Path
@@ -87,6 +88,7 @@ class Settings:
     max_running: int | None = None
     sandbox: SandboxMode = "required"
     hidden: Sequence[Path] = ()
+    track: str | None = None
 
 
 @dataclass(eq=False)
@@ -137,7 +139,7 @@ class FederationServer:
         self.blobs = BlobStore(settings.state / "blobs" if remote or not settings.blobs else Path(settings.blobs), remote)
         self._active: dict[str, _Active] = {}
         self._connected: dict[str, _Connection] = {}
-        self._results: dict[tuple[Blob, str], Path] = {}  # what people have asked for
+        self._results: dict[tuple[Blob, str], tuple[Path, str]] = {}  # what people have asked for: the job's folder, and the name there
         self._numbers: dict[str, int] = {}
         self._scheduling = asyncio.Lock()
         self._counts = Counter[tuple[str, str]]()
@@ -250,18 +252,19 @@ class FederationServer:
         async for event in events.follow(live=wanted.follow and active is not None):
             yield event
 
-    def readable(self, peer: Peer, blob: Blob) -> Path:
+    def open_blob(self, peer: Peer, blob: Blob) -> int:
         who = peer.identity
         if who.role is Role.SITE:
             for active in self._active.values():
                 if who.name not in active.members:
                     continue
                 if active.job.archive == blob:
-                    return self.blobs.folder.path(blob)
+                    return open_file(self.blobs.folder.path(blob))
                 if active.running is not None and active.running.has_task(blob, who.name):
-                    return blob_path(active.running.task_folder, blob)
+                    return open_file(blob_path(active.running.task_folder, blob), beneath=active.running.folder)
         elif (blob, who.name) in self._results:
-            return self._results[blob, who.name]
+            folder, name = self._results[blob, who.name]
+            return open_file(folder / name, beneath=folder)
         raise Refused(f"the blob {blob.hex[:16]}… is not for {who}.", hint="It may have been, and is no longer needed.")
 
     def incoming(self, peer: Peer, blob: Blob) -> Incoming:
@@ -570,21 +573,20 @@ class FederationServer:
         self._run(active)
 
     def _run(self, active: _Active) -> None:
-        async def ended(finished: Finished) -> None:
-            await self._job_ended(active, finished)
-
+        folder, track = self._folder(active.job.id), self.settings.track
         active.running = RunningJob(
             active.job,
             active.roster,
-            self._folder(active.job.id),
+            folder,
             store=self.store,
             blobs=self.blobs,
             sites=self,
             events=active.events,
-            ended=ended,
+            ended=lambda finished: self._job_ended(active, finished),
             arrived=self._arrived,
             absence_s=self.settings.absence_s,
             sandbox=self._sandbox,
+            tracker=None if track is None else Tracker(track, folder, self.settings.state / TRACKING / active.job.id),
         )
         for member in active.members.values():
             if member.state in ("left", "refused") and member.rank is not None:
@@ -639,15 +641,14 @@ class FederationServer:
 
         def find() -> dict[str, Blob]:
             found: dict[str, Blob] = {}
-            for path in sorted(folder.rglob("*")):
-                name = path.relative_to(folder)
-                if path.is_file() and not name.name.startswith(".") and name.parts[0] not in (TASKS, COMMIT):
-                    with contextlib.suppress(FileNotFoundError):  # a job that runs replaces its files
-                        found[name.as_posix()] = Blob(bytes.fromhex(digest(path).partition(":")[2]), path.stat().st_size)
+            for name in sorted(files_beneath(folder)):
+                if not Path(name).name.startswith(".") and Path(name).parts[0] not in (TASKS, COMMIT):
+                    with contextlib.suppress(OSError), open(open_beneath(folder, name), "rb") as file:  # a job that runs replaces its files
+                        found[name] = blob_of(file)
             return found
 
         files = await asyncio.to_thread(find)
-        self._results |= {(blob, peer.identity.name): folder / name for name, blob in files.items()}
+        self._results |= {(blob, peer.identity.name): (folder, name) for name, blob in files.items()}
         return {"files": {name: [blob.hex, blob.size] for name, blob in files.items()}}
 
     async def _list_jobs(self, peer: Peer, request: Request) -> Any:

@@ -109,8 +109,14 @@ class VirtualClock:
         return self._done_s(site, task, work, task_bytes, 0, began_s)
 
     def arrival_s(self, update: Update, task: Task, *, task_bytes: int, began_s: float) -> float:
-        """See `Clock`. A failed site has worked as long as another one if `per` is "task", and else not at all; it sends nothing."""
+        """See `Clock`. A failed site has worked as long as another one if `per` is "task", and else not at all; it sends nothing.
+
+        Raises ConfigError if a trained update does not tell what `per` counts.
+        """
         devices = self.devices
+        if devices.per != "task" and task.name == TRAIN and update.failure is None and devices.per not in update.model.meta:
+            hint = f'Send FLModel(..., meta={{"{devices.per}": n}}), or count tasks: per="task".'
+            raise ConfigError(f"site {update.site!r} told no {devices.per!r}, and Devices has per={devices.per!r}.", hint=hint)
         work = 1.0 if devices.per == "task" else float(update.model.meta.get(devices.per) or 0.0)
         sent_bytes = 0 if update.failure is not None else update.size_bytes or size_bytes(update.model.params)
         return self._done_s(update.site, task, work, task_bytes, sent_bytes, began_s)

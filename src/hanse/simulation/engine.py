@@ -18,7 +18,7 @@ from hanse.errors import Failure, LinkBroken
 from hanse.jobs.parts import describe_part
 from hanse.messages.codec import decode, decode_update, encode_task
 from hanse.messages.task import Task
-from hanse.messages.update import Update
+from hanse.messages.update import Columns, Update
 from hanse.simulation.processes import Processes
 from hanse.simulation.together import joined
 from hanse.simulation.worker import Begin, Close, Closed, End, Run, Staff, decode_answer, encode_order
@@ -92,7 +92,7 @@ class _Asking:
     number: int
     body: Any
     fold: dict[str, Any] | None
-    results: asyncio.Queue[tuple[int, tuple[Update, ...], Body | None]] = field(default_factory=asyncio.Queue)
+    results: asyncio.Queue[tuple[int, tuple[Update, ...] | Columns, Body | None]] = field(default_factory=asyncio.Queue)
     told: set[int] = field(default_factory=set)
     through: set[int] = field(default_factory=set)
     head: int = 0
@@ -174,7 +174,7 @@ class SimulatedSites:
                 _group, updates, _body = await asking.results.get()
                 asking.head += 1  # in any order: nothing waits for an earlier one
                 self._dispatch()
-                yield updates[0]
+                yield next(iter(updates))
         finally:
             self._finish(asking)
 

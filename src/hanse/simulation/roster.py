@@ -28,9 +28,9 @@ class NumberedSites(Sequence[str]):
         return f"site-{rank % self._count + 1:0{self._width}d}"
 
     def index(self, name: object, start: int = 0, stop: int | None = None) -> int:
-        digits = str(name).removeprefix("site-")
-        rank = int(digits) - 1 if digits.isdecimal() else -1
-        if not 0 <= rank < self._count or self[rank] != name:
+        digits = name[5:] if isinstance(name, str) and name.startswith("site-") else ""
+        rank = int(digits) - 1 if len(digits) == self._width and digits.isascii() and digits.isdecimal() else -1
+        if not 0 <= rank < self._count:
             raise ValueError(f"{name!r} is none of {self[0]} to {self[-1]}")
         return rank
 

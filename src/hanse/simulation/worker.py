@@ -25,7 +25,7 @@ from hanse.messages.codec import Buffer, decode, decode_task, encode, encode_upd
 from hanse.messages.flmodel import FLModel
 from hanse.messages.params import size_bytes
 from hanse.messages.task import Task, TaskId
-from hanse.messages.update import Update
+from hanse.messages.update import Columns, Update
 from hanse.simulation.roster import NamedSites, NumberedSites
 from hanse.simulation.together import fold_together
 from hanse.site.output import Sink
@@ -104,7 +104,7 @@ class Done(msgspec.Struct, tag=True):
     ask: int
     group: int
     states: dict[str, bytes]
-    updates: tuple[Update, ...] = ()
+    updates: tuple[Update, ...] | Columns = ()
 
 
 class Closed(msgspec.Struct, tag=True):
@@ -279,10 +279,11 @@ class Worker:
         door = staff.filters.server_in
         if len(run.sites) > 1 and not at_hand.sized and staff.trains_together(task):
             stacks = self._runner.together([staff.info(site) for site in run.sites], task, run.key, states)
-            partial, by_site = fold_together(stacks, updates, at_hand.aggregator, task, door, staff.seed)
-            light = tuple(by_site[site] for site in run.sites)
+            partial, light = fold_together(run.sites, stacks, updates, at_hand.aggregator, task, door, staff.seed)
         else:
             partial, light = fold_group(updates(), at_hand.aggregator, task, door, staff.seed)
+            if len(light) > 1 and not at_hand.sized:
+                light = Columns.of(light) or light
         return Answer(_encode(Done(run.ask, run.group, after(), light)), [] if partial is None else encode(partial))
 
 

@@ -19,7 +19,7 @@ from hanse.errors import ConfigError
 from hanse.filters import Filters, apply
 from hanse.messages.flmodel import FLModel
 from hanse.messages.task import Task, TaskId
-from hanse.messages.update import Record, Update
+from hanse.messages.update import Columns, Record, Update
 from hanse.seeds import generator, seed_for
 from hanse.site.failure import failure_of
 from hanse.site.output import Output, Sink
@@ -34,9 +34,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Stacked:
-    """What several sites made of a task at once: their updates without parameters, and these as arrays of shape (sites, …)."""
+    """What several sites made of a task at once: their updates, and the parameters of these as arrays of shape (sites, …)."""
 
-    updates: Sequence[Update]
+    updates: Columns
     params: Mapping[str, Array]
 
     def each(self) -> Iterator[Update]:
@@ -195,15 +195,10 @@ def trains_together(code: App | Script, filters: Filters, task: Task, config: Ma
 
 
 def _stacked(sites: Sequence[Site], stack: Stack, key: tuple[str, int, int], seconds: float) -> Stacked:
-    models = [
-        FLModel(
-            metrics={name: float(values[row]) for name, values in stack.metrics.items()},
-            meta={name: int(values[row]) for name, values in stack.meta.items()},
-        )
-        for row in range(len(sites))
-    ]
-    updates = [Update(site.name, TaskId(*key, site.name), model, seconds=seconds) for site, model in zip(sites, models, strict=True)]
-    return Stacked(updates, to_arrays(dict(stack.params)))
+    names = [site.name for site in sites]
+    metrics = {name: [float(value) for value in values] for name, values in stack.metrics.items()}
+    meta = {name: [int(value) for value in values] for name, values in stack.meta.items()}
+    return Stacked(Columns(names, key, [seconds] * len(names), metrics, meta), to_arrays(dict(stack.params)))
 
 
 def _shared(model: FLModel) -> FLModel:
@@ -244,7 +239,12 @@ def _checked(answer: FLModel) -> FLModel:
 
 def _renew(state: dict[str, Any], after: Mapping[str, Any]) -> None:
     """Have `state` hold what the code made of it, in arrays of its own. Raises ConfigError, and changes nothing, if that cannot be kept."""
-    kept = copy.deepcopy(to_arrays(after)) if after else {}
+    kept = {}
+    for name, value in after.items():
+        try:
+            kept[name] = copy.deepcopy(to_arrays(value))
+        except ConfigError as error:
+            raise ConfigError(f"site.state[{name!r}]: {error}") from error
     _check_state(kept)
     _replace(state, kept)
 
@@ -265,10 +265,12 @@ def _check_state(state: Mapping[str, Any]) -> None:
             return None
         return leaf
 
-    try:
-        size_bytes = len(json.dumps(map_leaves(plain, state))) if state else 0
-    except TypeError as error:
-        raise ConfigError(f"site.state holds JSON values and arrays only: {error}") from error
+    size_bytes = 0
+    for name, value in state.items():
+        try:
+            size_bytes += len(json.dumps({name: map_leaves(plain, value)}))
+        except TypeError as error:
+            raise ConfigError(f"site.state[{name!r}]: a state holds JSON values and arrays only: {error}") from error
     for what, held, most in (("arrays", array_bytes, MAX_STATE_ARRAY_BYTES), ("JSON", size_bytes, MAX_STATE_BYTES)):
         if held > most:
             limit = f"at most {most:,} are kept"

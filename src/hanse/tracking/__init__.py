@@ -1,1 +1,1 @@
-"""Where a run's metrics go: TensorBoard, MLflow, Weights & Biases. Each is a function that writes what a run folder tells."""
+"""Where a run's values go: TensorBoard, MLflow, Weights & Biases. Each is a receiver, as `hanse.server.track` has it."""

@@ -2,39 +2,60 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
+from tensorboardX import summary  # type: ignore[import-untyped]
+from tensorboardX.event_file_writer import EventsWriter  # type: ignore[import-untyped]
+from tensorboardX.proto.event_pb2 import Event  # type: ignore[import-untyped]
 
 from hanse.errors import ConfigError
-from hanse.server.run import Run
-from hanse.tracking.values import params, values
+from hanse.server.values import Value, params
 
 GLOBAL = "global"
 
 
-def write(run: Run, at: str | None = None, *, sites: bool = True) -> str:
-    """Write a run to a folder that `tensorboard --logdir` shows: one subfolder for the federation, `global`, and one for each site.
+class TensorBoard:
+    """Writes a folder that `tensorboard --logdir` shows: one subfolder for the federation, `global`, and one for each site.
 
-    at: the folder, which must not hold anything yet; None: `tensorboard` in the run folder. Returns it.
-    Raises ConfigError if it is not empty.
+    at: a folder, in which the run gets one of its own name; None: `tensorboard` in the run folder.
+    Raises ConfigError if something is there already, or what the run's first part was written to is not there any more.
     """
-    folder = run.folder / "tensorboard" if at is None else Path(at)
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty: event files of two runs would be shown as one. Name another folder, or remove it.")
-    writers: dict[str, SummaryWriter] = {}
-    try:
-        writers[GLOBAL] = SummaryWriter(str(folder / GLOBAL))
-        writers[GLOBAL].add_text("job", "\n".join(f"    {key}: {value}" for key, value in params(run).items()), 0)
-        for value in values(run, sites=sites):
-            name = value.site or GLOBAL
-            if name not in writers:
-                writers[name] = SummaryWriter(str(folder / "sites" / name))
-            if value.kind == "scalar":
-                writers[name].add_scalar(value.key, value.value, value.step)
-            else:
-                writers[name].add_text(value.key, value.value, value.step)
-    finally:
-        for writer in writers.values():
-            writer.close()
-    return str(folder)
+
+    def __init__(self, run: Path, facts: Mapping[str, Any], at: str | None, *, folder: Path, key: str | None) -> None:
+        self._folder = folder / "tensorboard" if at is None else Path(at).absolute() / run.name
+        self.place = self.key = str(self._folder)
+        there = self._folder.exists() and any(self._folder.iterdir())
+        if there and key is None:
+            raise ConfigError(f"{self.place} is not empty: two runs would be shown as one. Name another folder, or remove it.")
+        if key is not None and not there:
+            raise ConfigError(
+                f"{self.place} is gone, and what was written to it.", hint=f"To write all again, delete {folder}/.track-tensorboard.json."
+            )
+        self._files: dict[str, EventsWriter] = {}
+        if key is None:
+            settings = "\n".join(f"    {key}: {value}" for key, value in params(facts).items())
+            self.write([Value("", "job", settings, 0, "text", facts["started"])])
+
+    def write(self, values: Sequence[Value]) -> None:
+        for value in values:
+            said = summary.scalar(value.key, value.value) if value.kind == "scalar" else summary.text(value.key, value.value)
+            self._file(value.site).write_event(Event(wall_time=value.time, step=value.step, summary=said))
+        for file in self._files.values():
+            file.flush()
+
+    def close(self, facts: Mapping[str, Any]) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def _file(self, site: str) -> EventsWriter:
+        """Written to at once. A `SummaryWriter` has a queue and a thread for each site, and its `flush` does not wait for them."""
+        if site not in self._files:
+            if "/" in site or "\0" in site or site in (".", ".."):  # the events may be of a job's own making
+                raise ConfigError(f"{site!r:.100} is no site's name: its values are not written.")
+            folder = self._folder / "sites" / site if site else self._folder / GLOBAL
+            folder.mkdir(parents=True, exist_ok=True)
+            self._files[site] = EventsWriter(str(folder / "events"), f".{time.time_ns()}")  # two of one second would be one file
+        return self._files[site]

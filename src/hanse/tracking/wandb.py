@@ -3,46 +3,64 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import wandb
 
 from hanse.errors import ConfigError
-from hanse.server.run import Run
-from hanse.tracking.values import params, values
+from hanse.server.values import Value, params
 
 STEP = "step"
 
 
-def write(run: Run, at: str | None = None, *, sites: bool = True) -> str:
-    """Write a run to Weights & Biases, where metrics are drawn over "step": the round, or what training code counts itself.
+class WandB:
+    """Writes to Weights & Biases, where metrics are drawn over "step": the round, or what training code counts itself.
 
     at: the project, "project" or "entity/project"; None: the job's name. With WANDB_MODE=offline in the environment it is written below
-        the run folder, for `wandb sync`. Returns the folder of Weights & Biases' own files.
-    Raises ConfigError, with what Weights & Biases says, if it does not take it.
+    the run folder, for `wandb sync`. `key` is the id of Weights & Biases' run; offline, each time it goes on makes a folder.
     """
-    facts = run.facts
-    entity, _, project = (at or facts["job"]["name"]).rpartition("/")
-    steps: defaultdict[int, dict[str, Any]] = defaultdict(dict)
-    config: dict[str, str] = params(run)
-    for value in values(run, sites=sites):
-        if value.kind in ("param", "tag"):
-            config[value.name] = value.value
-        else:
-            steps[value.step][value.name] = value.value
+
+    def __init__(self, run: Path, facts: Mapping[str, Any], at: str | None, *, folder: Path, key: str | None) -> None:
+        entity, _, project = (at or facts["job"]["name"]).rpartition("/")
+        with _said():
+            self._run = wandb.init(
+                project=project,
+                entity=entity or None,
+                id=key,
+                resume=None if key is None else "allow",
+                name=run.name,
+                dir=folder,
+                config=params(facts),
+                settings=wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True, x_disable_stats=True),
+            )
+            self._run.define_metric("*", step_metric=STEP)
+        self.key = self._run.id
+        self.place = str(Path(self._run.dir).parent) if self._run.settings.mode == "offline" else str(self._run.url)
+
+    def write(self, values: Sequence[Value]) -> None:
+        steps: defaultdict[int, dict[str, Any]] = defaultdict(dict)
+        config = {value.name: value.value for value in values if value.kind in ("param", "tag")}
+        for value in values:
+            if value.kind not in ("param", "tag"):
+                steps[value.step][value.name] = value.value
+        with _said():
+            if config:
+                self._run.config.update(config, allow_val_change=True)  # type: ignore[no-untyped-call]
+            for step in sorted(steps):
+                self._run.log({**steps[step], STEP: step})
+
+    def close(self, facts: Mapping[str, Any]) -> None:
+        with _said():
+            self._run.finish(exit_code=int(facts["status"] in ("failed", "stopped")))
+
+
+@contextmanager
+def _said() -> Iterator[None]:
+    """Raises ConfigError, with what Weights & Biases says, if it does not take something."""
     try:
-        there = wandb.init(
-            project=project,
-            entity=entity or None,
-            name=run.folder.name,
-            dir=run.folder,
-            config=config,
-            settings=wandb.Settings(silent=True),
-        )
-        there.define_metric("*", step_metric=STEP)
-        for step in sorted(steps):
-            there.log({**steps[step], STEP: step})
-        there.finish(exit_code=int(facts["status"] in ("failed", "stopped")))
+        yield
     except wandb.Error as error:
         raise ConfigError(f"Weights & Biases does not take the run: {error}") from error
-    return str(there.dir)

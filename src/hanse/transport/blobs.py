@@ -22,6 +22,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from blake3 import blake3
 
@@ -29,6 +30,7 @@ from hanse.errors import Refused, StorageFull, WireError
 from hanse.messages.codec import Buffer
 from hanse.messages.lasting import LastingMap
 from hanse.messages.wire import Blob
+from hanse.sandbox import open_beneath
 
 CHUNK_BYTES = 1 << 20
 SPARES = 8
@@ -294,13 +296,25 @@ def blob_path(folder: Path, blob: Blob) -> Path:
     return folder / blob.hex[:2] / blob.hex
 
 
-def open_file(path: Path) -> int:
+def blob_of(file: BinaryIO) -> Blob:
+    """The name of the bytes that are left in a file, which may change meanwhile."""
+    hasher, size = blake3(), 0
+    while chunk := file.read(CHUNK_BYTES):
+        hasher.update(chunk)
+        size += len(chunk)
+    return Blob(hasher.digest(), size)
+
+
+def open_file(path: Path, *, beneath: Path | None = None) -> int:
     """A descriptor to read a blob's file by. As long as it, a copy of it or a mapping of it is open, in any process, the file is not
-    overwritten. Raises Refused if the blob is not there."""
+    overwritten. beneath: a folder above it that a job's code can write, where no link is followed. Raises Refused if the blob is not
+    there."""
     for last in (False, True):
         try:
-            return _open_locked(path, os.O_RDONLY, fcntl.LOCK_SH)
-        except (FileNotFoundError, BlockingIOError) as error:
+            return _open_locked(path, os.O_RDONLY, fcntl.LOCK_SH, beneath)
+        except OSError as error:
+            if beneath is None and not isinstance(error, FileNotFoundError | BlockingIOError):
+                raise
             if last:
                 raise Refused(f"the blob {path.name[:16]}… is not here.", hint="It was removed, or never came.") from error
     raise AssertionError
@@ -329,9 +343,9 @@ def take_over(spare: Path, path: Path) -> bool:
     return True
 
 
-def _open_locked(path: Path, flags: int, lock: int) -> int:
-    """Open and lock at once, or not at all. Raises FileNotFoundError and, if another holds the lock, BlockingIOError."""
-    descriptor = os.open(path, flags | os.O_CLOEXEC)
+def _open_locked(path: Path, flags: int, lock: int, beneath: Path | None = None) -> int:
+    """Open and lock at once, or not at all. Raises FileNotFoundError, if another holds the lock BlockingIOError, and as `open_beneath`."""
+    descriptor = open_beneath(beneath, path.relative_to(beneath), flags) if beneath else os.open(path, flags | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, lock | fcntl.LOCK_NB)
         if not os.path.samestat(os.stat(path), os.fstat(descriptor)):

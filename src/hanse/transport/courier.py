@@ -9,7 +9,7 @@ from typing import Protocol
 from hanse.aggregation.aggregator import Aggregator
 from hanse.messages.flmodel import FLModel
 from hanse.messages.task import Task, TaskId
-from hanse.messages.update import Update
+from hanse.messages.update import Columns, Update
 
 Roster = Sequence[str]
 """All sites of a job, ranked by name. May be lazy: a million simulated sites are no million strings."""
@@ -43,14 +43,15 @@ class Folded:
     """One group's updates made one partial sum.
 
     partial: what the group's aggregator gave; None if no site of the group brought a good update. Valid until `release` is called.
-    updates: one for each site of the group, without parameters; those that failed or were rejected carry a failure.
+    updates: one for each site of the group, without parameters; those that failed or were rejected carry a failure. Columns
+        if all of them are good.
         A group of a single site may come unfolded: with its parameters, valid until `release` is called, and no partial. Added to the
         total, it gives the same bits as its partial would, and spares the memory for it.
     """
 
     group: int
     partial: FLModel | None
-    updates: tuple[Update, ...]
+    updates: tuple[Update, ...] | Columns
     release: Callable[[], None]
 
 

@@ -13,7 +13,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeAlias
 from urllib.parse import unquote
 
@@ -23,7 +22,7 @@ from cryptography import x509
 from hanse.errors import ConfigError, Failure, HanseError, IdentityError, Refused, WireError
 from hanse.identity.certificates import Credentials, Identity, identity_of
 from hanse.messages.wire import Blob, FromServer, FromSite, Hello, Reply, Request, decode_message
-from hanse.transport.blobs import CHUNK_BYTES, Incoming, open_file
+from hanse.transport.blobs import CHUNK_BYTES, Incoming
 from hanse.transport.calls import (
     FAILURE,
     LIMITS,
@@ -79,8 +78,8 @@ class Service(Protocol):
     def follow(self, peer: Peer, request: Request) -> AsyncIterator[Any]:
         """JSON values, as they come."""
 
-    def readable(self, peer: Peer, blob: Blob) -> Path:
-        """The file of a blob that the peer may have. Raises Refused."""
+    def open_blob(self, peer: Peer, blob: Blob) -> int:
+        """A descriptor, as of `open_file`, of a blob that the peer may have; the caller closes it. Raises Refused."""
 
     def incoming(self, peer: Peer, blob: Blob) -> Incoming:
         """Where an upload goes. Raises Refused, StorageFull."""
@@ -242,7 +241,7 @@ class Server:
     async def _download(self, peer: Peer, data: bytes, stream: _Stream) -> None:
         position = decode_position(data)
         offset = position.offset
-        descriptor = open_file(self._service.readable(peer, position.blob))
+        descriptor = self._service.open_blob(peer, position.blob)
         try:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             while chunk := os.pread(descriptor, CHUNK_BYTES, offset):

@@ -188,7 +188,7 @@ class MemoryLink:
             return
         while (head := self._head()) is not None and head[0] == _RELEASE:
             del self._inbox[: _HEAD.size]
-            self._free.append(head[3])
+            self._free.appendleft(head[3])
 
     def _read(self, flags: int) -> None:
         try:
@@ -216,7 +216,7 @@ class MemoryLink:
             message, inline = bytes(self._inbox[_HEAD.size : end]), bytes(self._inbox[end:total])
             del self._inbox[:total]
             if kind == _RELEASE:
-                self._free.append(slot)
+                self._free.appendleft(slot)
             elif kind == _INLINE:
                 return Received(message, Body(memoryview(inline), _nothing) if size else None)
             elif kind == _SHARED:

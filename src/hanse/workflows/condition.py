@@ -12,7 +12,7 @@ from hanse.errors import ConfigError
 
 _COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 _CONDITION = re.compile(r"\s*(?P<metric>[^\s<>=]+)\s*(?P<sign>>=|<=|>|<)\s*(?P<bound>\S+)\s*")
-_GOAL = re.compile(r"\s*(?:(?P<goal>max|min)\s+)?(?P<metric>[^\s<>=]+)\s*")
+_GOAL = re.compile(r"\s*(?P<goal>max|min)\s+(?P<metric>[^\s<>=]+)\s*")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Goal:
-    """What makes a model the best: `max accuracy` (or just `accuracy`), or `min loss`. Raises ConfigError if it is malformed."""
+    """What makes a model the best: `max accuracy` or `min loss`. Raises ConfigError if it is malformed."""
 
     text: str
     metric: str = field(init=False)
@@ -52,7 +52,7 @@ class Goal:
 
     def __post_init__(self) -> None:
         match = _GOAL.fullmatch(self.text) if isinstance(self.text, str) else None
-        if match is None or (match["goal"] is None and match["metric"] in ("max", "min")):
+        if match is None:
             raise ConfigError(f"{self.text!r} is no goal: write 'max' or 'min' and a metric, such as 'max accuracy'")
         object.__setattr__(self, "metric", match["metric"])
         object.__setattr__(self, "lowest", match["goal"] == "min")

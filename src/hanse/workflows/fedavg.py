@@ -53,6 +53,7 @@ async def fedavg(
     aggregator = aggregator or WeightedMean()
     optimizer = server_optimizer or SGD()
     selection = selection or Uniform()
+    missed = ""
     async for _ in cohort.rounds(model, rounds, until=stop_when):
         reduced = await cohort.reduce(
             task(model) if task else Task(TRAIN, model, config or {}),
@@ -68,6 +69,11 @@ async def fedavg(
             sites = cohort.sample(sites_per_round)
             scored = model
             metrics |= (await score(cohort, model, of=sites, min_updates=min_updates, within_s=within_s, grace_s=grace_s)).metrics
+        if stop_when is not None and stop_when.metric not in metrics and not missed:
+            missed = (
+                f"'{stop_when}' is no reason to stop: there is no metric {stop_when.metric!r}, only {', '.join(sorted(metrics)) or 'none'}"
+            )
+            cohort.log(missed, level="warning")
         await cohort.keep_best(scored, metrics, best.metric, lowest=best.lowest)
         model = await cohort.commit(model, metrics)
         del reduced, scored  # a large model is not in memory twice

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -16,12 +17,15 @@ from hanse.messages.task import EVALUATE, Task
 
 EXAMPLES = "examples"
 """The task that asks a site how many examples it has: it answers `FLModel(meta={"examples": …})`."""
+MOST_ASKED = 10_000
+"""Of more sites, not every one is asked how many examples it has."""
+
+_told: WeakKeyDictionary[Cohort, np.ndarray[Any, np.dtype[np.float64]]] = WeakKeyDictionary()
+"""How many examples the sites of a running job have told, by rank; NaN for those that have not."""
 
 
 class Selection(Protocol):
-    """Chooses the sites of each round. It keeps nothing: what it goes by is given, or asked of the sites anew in each round, so that a
-    restarted job chooses the same.
-    """
+    """Chooses the sites of each round. What it goes by is given, or asked of the sites, so that a restarted job chooses the same."""
 
     def needs(self, count: int | None) -> tuple[str, ...]:
         """The tasks that sites must be able to do so that `count` of them (None: all) can be chosen. Raises ConfigError if it cannot be."""
@@ -57,7 +61,9 @@ class ByExamples:
     plain mean is the one to take (Li et al., ICLR 2020, Scheme II, which draws with replacement): `WeightedMean("equal")`.
 
     examples: of each site by name, numbers from 0; all sites must be there, and one with 0 is never drawn. None: every site is asked in
-        each round, by the task "examples", which it answers with `FLModel(meta={"examples": …})`. A site that fails is not drawn.
+        the first round, by the task "examples", which it answers with `FLModel(meta={"examples": …})`. What it tells holds until the job
+        ends or is restarted. A site that fails is not drawn, and asked again in the next round. Of more than 10,000 sites none is asked:
+        `examples` must be given.
     """
 
     examples: Mapping[str, float] | None = None
@@ -66,6 +72,8 @@ class ByExamples:
         _check_examples(self.examples)
 
     def needs(self, count: int | None) -> tuple[str, ...]:
+        if count is None:
+            raise ConfigError("selection is ByExamples, and all sites train in each round: give sites_per_round, or no selection")
         return (EXAMPLES,) if self.examples is None else ()
 
     async def select(
@@ -158,13 +166,23 @@ def _given(sites: Sequence[str], examples: Mapping[str, float]) -> np.ndarray[An
 
 
 async def _asked(cohort: Cohort, count: int, within_s: float | None, grace_s: float | None) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Each site's examples, by rank; 0 for one that failed, or that told no number."""
-    n = np.zeros(len(cohort.sites))
-    async for update in cohort.ask(Task(EXAMPLES, FLModel()), min_updates=count, within_s=within_s, grace_s=grace_s):
-        if update.failure is None:
-            told = update.model.meta.get("examples")
-            n[cohort.sites.index(update.site)] = told if _is_count(told) else 0
-    return n
+    """Each site's examples, by rank; 0 for one that failed, or that told no number. Those that have told are not asked again."""
+    if len(cohort.sites) > MOST_ASKED:
+        raise ConfigError(
+            f"each of {len(cohort.sites):,} sites would be asked how many examples it has, and at most {MOST_ASKED:,} are.",
+            hint="Give the numbers, as ByExamples(examples={site: number, …}), or draw without them: Uniform(), or "
+            "PowerOfChoice(…, by_examples=False).",
+        )
+    n = _told.setdefault(cohort, np.full(len(cohort.sites), np.nan))
+    if unknown := [cohort.sites[rank] for rank in np.flatnonzero(np.isnan(n)).tolist()]:
+        needed = max(0, count - (len(n) - len(unknown)))
+        async for update in cohort.ask(Task(EXAMPLES, FLModel()), of=unknown, min_updates=needed, within_s=within_s, grace_s=grace_s):
+            if update.failure is None:
+                told = update.model.meta.get("examples")
+                n[cohort.sites.index(update.site)] = told if _is_count(told) else 0
+    else:
+        cohort.skip()  # a restarted job asks here
+    return np.where(np.isnan(n), 0, n)
 
 
 def _check_examples(examples: Mapping[str, float] | None) -> None:
