@@ -26,9 +26,11 @@ install: .venv/installed ## make .venv, with all that the other commands need
 demo: install ## fine-tune a vendor's model at a client, as processes of this machine; ends with a table, a verdict and a report
 	$(BIN)/python examples/finetuning/demo.py
 
+# Files in the order of their names: the longest are in the middle, where by their number of tests they would come last, when the other
+# worker has nothing left to do.
 # Ray by itself, since it changes what a signal does to its process.
 test: install ## run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/simulation/test_ray.py
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/simulation/test_ray.py
 	$(BIN)/python -m pytest tests/simulation/test_ray.py
 
 lint: install ## style, types, and the order of imports

@@ -6,7 +6,8 @@ all: the last shared model on all 10,000 test pictures.
 own: each site's unseen pictures under the model that the site would use, its personal one where it has one; the mean over all pictures.
 
 A figure is the mean over seeds, with the least and the greatest. A seed sets the spread, the first model and the order of pictures.
-Compare a row with `fedavg`, and `fedbn`, whose network has batch normalization, with `fedavg+norm`.
+Compare a row with `fedavg`; those with ¼, which ask a quarter of the sites a round, with one another; and `fedbn`, whose network has
+batch normalization, with `fedavg+norm`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from clothes import Net, accuracy, app, pictures
 
 from hanse import (
     Adam,
+    ByExamples,
     DittoRecipe,
     FedAsyncRecipe,
     FedAvgRecipe,
@@ -40,8 +42,10 @@ from hanse import (
     FedProxRecipe,
     Median,
     PersonalRecipe,
+    PowerOfChoice,
     ScaffoldRecipe,
     SimEnv,
+    WeightedMean,
 )
 
 DATA = Path(os.environ.get("HANSE_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data") / "fashion_mnist.npz"
@@ -52,6 +56,15 @@ def asynchronous(recipe: Callable[..., Any], updates: int, **own: Any) -> Callab
 
     def make(*, rounds: int, sites_per_round: int, **common: Any) -> Any:
         return recipe(rounds=max(1, rounds * sites_per_round // updates), concurrency=sites_per_round, **own, **common)
+
+    return make
+
+
+def some(**own: Any) -> Callable[..., Any]:
+    """Makes federated averaging that asks a quarter of the sites a round."""
+
+    def make(*, sites_per_round: int, **common: Any) -> Any:
+        return FedAvgRecipe(sites_per_round=sites_per_round // 4, **own, **common)
 
     return make
 
@@ -71,6 +84,9 @@ ALGORITHMS: Mapping[str, Callable[..., Any]] = {
     "ditto": partial(DittoRecipe, strength=0.1),
     "fedper": partial(PersonalRecipe, local=["head.*"]),
     "fedrep": partial(PersonalRecipe, local=["head.*"]),
+    "¼ uniform": some(),
+    "¼ by size": some(selection=ByExamples(), aggregator=WeightedMean("equal")),
+    "¼ by loss": some(selection=PowerOfChoice(10)),
     "fedavg+norm": FedAvgRecipe,
     "fedbn": partial(PersonalRecipe, local=["norm.*"]),
 }
@@ -92,7 +108,7 @@ def measure(name: str, seed: int, options: argparse.Namespace, folder: Path) -> 
         best="max own",
     )
     run = recipe.execute(SimEnv(num_clients=options.sites, runs=folder, console="quiet"))
-    own = run.metrics[-1].get("own", math.nan)  # asynchronous ones do not evaluate
+    own = math.nan if name.startswith("¼") else run.metrics[-1].get("own", math.nan)  # not of all sites; asynchronous ones do not evaluate
     if name in PARTLY_LOCAL:
         return math.nan, own
     net = Net(norm)

@@ -11,9 +11,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from hanse.analytics import table_app
 from hanse.app import App, Site
-from hanse.errors import ConfigError
+from hanse.errors import ConfigError, PolicyRefused
 from hanse.messages.flmodel import FLModel
-from hanse.statistics.disclosure import Disclosure
+from hanse.statistics.disclosure import SITE_RULES, Disclosure
 
 
 def at_site(table: Any, task: str, config: dict[str, Any], model: FLModel | None = None, **rules: Any) -> FLModel:
@@ -122,6 +122,23 @@ def test_a_small_cluster_sends_neither_sum_nor_count() -> None:
 def test_a_table_that_cannot_be_fitted(table: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         at_site(table, "derivatives", {"newton": {"features": ["x"], "target": "y", "weights": [0.0, 0.0]}})
+
+
+def test_a_sites_rules_stand_beside_the_jobs() -> None:
+    """30 at 0.5, 12 at 1.5, 20 at 2.5: 15 is the site's least, and the 12 go with the 20, as if the job had said so."""
+    x = np.repeat([0.5, 1.5, 2.5], [30, 12, 20])
+    config = {"histogram": {"edges": {"x": [0.0, 3.0, 3]}}}
+    site = {SITE_RULES: {"min_count": 15, "max_bins_share": 0.1, "extremes": False}}
+    assert at_site({"x": x}, "histogram", config, min_count=1).params["x"]["histogram"].tolist() == [0, 30, 12, 20, 0]
+    assert at_site({"x": x}, "histogram", config | site, min_count=1).params["x"]["histogram"].tolist() == [0, 30, 0, 0, 0]
+    assert at_site({"x": x}, "histogram", config | site, min_count=31).params["x"]["histogram"].tolist() == [0, 0, 0, 0, 0]
+    fewer = {SITE_RULES: {"min_count": 1, "max_bins_share": 0.01, "extremes": True}}
+    assert at_site({"x": x}, "histogram", config | fewer).params == {"x": {"withheld": True}}
+    asked = {"describe": {"columns": None, "range": True, "known": []}}
+    assert "extremes" in at_site({"x": x}, "describe", asked | fewer, extremes=True).params["x"]
+    assert "extremes" not in at_site({"x": x}, "describe", asked | site, extremes=True).params["x"]
+    with pytest.raises(PolicyRefused, match=r"fewer than 15 rows .* \[statistics.min_count\]"):
+        at_site({"x": x[:14]}, "assign", {"kmeans": {"columns": ["x"]}} | site, FLModel({"centroids": np.zeros((1, 1))}))
 
 
 def test_the_file_that_reads_the_table_goes_into_the_job(load: Callable[[str], Any]) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -86,3 +88,12 @@ def test_log() -> None:
     assert one.records == [Record("loss", 0.5, 2), Record("note", "hello", kind="text")]
     with pytest.raises(ConfigError, match="neither a number nor a text"):
         one.log("x", [1, 2])  # type: ignore[arg-type]
+
+
+def test_its_module_is_the_one_that_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its first function was imported from another."""
+    (tmp_path / "borrowed.py").write_text("def evaluate(model, site):\n    return {}\n")
+    (tmp_path / "owner.py").write_text("from borrowed import evaluate\nfrom hanse import App\n\napp = App()\napp.evaluate(evaluate)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    owner = importlib.import_module("owner")
+    assert owner.app.module is vars(owner)

@@ -209,6 +209,11 @@ def test_wrong_arguments(make: Any, says: str) -> None:
         make()
 
 
+def test_a_site_has_no_name_here() -> None:
+    with pytest.raises(ConfigError, match=r"rows of 'site-1': give a site's rank, partition\[site.rank\]"):
+        iid(4, 2)["site-1"]  # type: ignore[call-overload, index]
+
+
 @pytest.mark.parametrize("rank", [-1, 2])
 def test_no_such_site(rank: int) -> None:
     with pytest.raises(IndexError):

@@ -101,6 +101,11 @@ def train(model, site):
     return FLModel(net.state_dict(), meta=meta)
 
 
+@app.task("examples")
+def examples(model, site):
+    return FLModel(meta={"examples": len(of_site(site)[1])})
+
+
 @app.evaluate
 def evaluate(model, site):
     """Each site on its own unseen pictures, with its own model where it has one."""
@@ -109,4 +114,6 @@ def evaluate(model, site):
         return FLModel(metrics={"own": float("nan")}, meta={"examples": 1e-9})
     net = Net(site.config["norm"])
     net.load_state_dict(tensors(site.state.get("personal", model.params)))
-    return FLModel(metrics={"own": accuracy(net, x, y)}, meta={"examples": len(y)})
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(net.eval()(x), y).item()
+    return FLModel(metrics={"own": accuracy(net, x, y), "loss": loss}, meta={"examples": len(y)})

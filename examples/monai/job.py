@@ -86,5 +86,5 @@ if __name__ == "__main__":
         print(f"There is no {data}; HANSE_DATA names another folder. Instead: bright discs on noise.\n")
     Env = PocEnv if "poc" in sys.argv[1:] else SimEnv
     config = {"data": str(data) if data.is_file() else ""}
-    recipe = FedAvgRecipe(name="monai", app=app, model=network(), config=config, rounds=6)
+    recipe = FedAvgRecipe(name="monai", app=app, model=network(), config=config, rounds=4)
     recipe.execute(Env(num_clients=3))

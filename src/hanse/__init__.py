@@ -128,6 +128,7 @@ _HOMES = {
     "workflows.fedavg": ("fedavg",),
     "workflows.selection": ("ByExamples", "PowerOfChoice", "Selection", "Uniform"),
 }
+_EXTRA_OF = {"environments.poc": "server", "environments.production": "site"}
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = sorted(_HOME_OF)
@@ -136,7 +137,15 @@ __all__ = sorted(_HOME_OF)
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'hanse' has no attribute {name!r}")
-    return getattr(import_module(f"hanse.{_HOME_OF[name]}"), name)
+    home = _HOME_OF[name]
+    try:
+        return getattr(import_module(f"hanse.{home}"), name)
+    except ModuleNotFoundError as error:
+        if (extra := _EXTRA_OF.get(home)) is None:
+            raise
+        from hanse.errors import NotInstalled
+
+        raise NotInstalled(f"{name} needs the package {error.name!r}.", hint=f"Install it with: pip install 'hanse[{extra}]'") from error
 
 
 def __dir__() -> list[str]:

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from hanse.app import App, Site
-from hanse.errors import ConfigError
+from hanse.errors import ConfigError, PolicyRefused
 from hanse.messages.flmodel import FLModel
 from hanse.messages.task import ASSIGN, DERIVATIVES, DESCRIBE, HISTOGRAM, PROPOSE_CENTROIDS
 from hanse.statistics.clusters import assigned, clustered
-from hanse.statistics.disclosure import Disclosure, hide_small
+from hanse.statistics.disclosure import SITE_RULES, Disclosure, hide_small
 from hanse.statistics.histogram import bin_edges, cell_counts, coarse_range
 from hanse.statistics.logistic import derivatives
 from hanse.statistics.moments import Moments
@@ -33,30 +33,31 @@ def table_app(load: Callable[[Site], Any], *, disclosure: Disclosure | None = No
     load: gives the site's table: NumPy arrays of shape (n,) by name, or a pandas DataFrame. Numbers or booleans; NaN where a value is
         missing. For k-means and regression an array may have shape (n, m), and stands for m columns. It is called once a task, so keep the
         table if reading is slow. It has to be defined in a file, at module level.
-    disclosure: what is taken out before anything leaves the site; default: `Disclosure()`.
+    disclosure: what is taken out before anything leaves the site; default: `Disclosure()`. Where the site's policy has rules of its own,
+        the stricter of both applies.
     """
     rules = disclosure or Disclosure()
     app = App()
 
     @app.task(DESCRIBE)
     def describe(model: FLModel, site: Site) -> FLModel:
-        return _describe(load(site), site, rules)
+        return _describe(load(site), site, _stricter(rules, site))
 
     @app.task(HISTOGRAM)
     def histogram(model: FLModel, site: Site) -> FLModel:
-        return _histogram(load(site), site, rules)
+        return _histogram(load(site), site, _stricter(rules, site))
 
     @app.task(PROPOSE_CENTROIDS)
     def propose(model: FLModel, site: Site) -> FLModel:
-        return _propose(load(site), site, rules)
+        return _propose(load(site), site, _stricter(rules, site))
 
     @app.task(ASSIGN)
     def assign(model: FLModel, site: Site) -> FLModel:
-        return _assign(load(site), model, site, rules)
+        return _assign(load(site), model, site, _stricter(rules, site))
 
     @app.task(DERIVATIVES)
     def derive(model: FLModel, site: Site) -> FLModel:
-        return _derive(load(site), site, rules)
+        return _derive(load(site), site, _stricter(rules, site))
 
     for handler in (describe, histogram, propose, assign, derive):
         update_wrapper(handler, load)  # so that the file that defines `load` goes into the job
@@ -101,7 +102,7 @@ def _histogram(table: Any, site: Site, rules: Disclosure) -> FLModel:
 def _propose(table: Any, site: Site, rules: Disclosure) -> FLModel:
     """The means of the site's own clusters, and how many rows each has; small ones are left out."""
     asked = site.config["kmeans"]
-    rows = _matrix(table, asked["columns"], rules)[0]
+    rows = _matrix(table, site, rules, asked["columns"])[0]
     clusters = min(asked["clusters"], len(np.unique(rows, axis=0)))
     centroids, counts = clustered(rows, clusters, rng=site.rng)
     large = counts >= rules.min_count
@@ -110,7 +111,7 @@ def _propose(table: Any, site: Site, rules: Disclosure) -> FLModel:
 
 def _assign(table: Any, model: FLModel, site: Site, rules: Disclosure) -> FLModel:
     """Under `centroids` the sum of each cluster's rows, under `counts` how many there are; both 0 for a small one."""
-    rows = _matrix(table, site.config["kmeans"]["columns"], rules)[0]
+    rows = _matrix(table, site, rules, site.config["kmeans"]["columns"])[0]
     part = assigned(rows, np.asarray(model.params["centroids"], np.float64))
     counts = hide_small(part.counts_k.astype(np.int64), rules.min_count)
     sums = np.where((counts > 0)[:, None], part.sums_kd, 0.0)
@@ -120,7 +121,7 @@ def _assign(table: Any, model: FLModel, site: Site, rules: Disclosure) -> FLMode
 def _derive(table: Any, site: Site, rules: Disclosure) -> FLModel:
     """Gradient and Hessian of the log loss at the weights that the task brings, summed over rows."""
     asked = site.config["newton"]
-    rows, labels = _matrix(table, asked["features"], rules, asked["target"])
+    rows, labels = _matrix(table, site, rules, asked["features"], asked["target"])
     if not np.isin(labels, (0, 1)).all():
         raise ConfigError(
             f"site {site.name!r}: column {asked['target']!r} holds other values than 0 and 1: it must be the label of two classes"
@@ -144,8 +145,17 @@ def _columns(table: Any, wanted: Sequence[str] | None) -> list[str]:
     return found
 
 
-def _matrix(table: Any, columns: Sequence[str], rules: Disclosure, target: str = "") -> tuple[Array, Array]:
-    """The rows without a missing value, float64, shape (n, d), and the target's values in them. Raises ConfigError for too few."""
+def _stricter(rules: Disclosure, site: Site) -> Disclosure:
+    """The job's rules, or where the site's policy is stricter, the site's. The agent adds the noise that its policy asks for by itself."""
+    told = site.config.get(SITE_RULES)
+    return rules if told is None else rules.stricter(Disclosure(**told))
+
+
+def _matrix(table: Any, site: Site, rules: Disclosure, columns: Sequence[str], target: str = "") -> tuple[Array, Array]:
+    """The rows without a missing value, float64, shape (n, d), and the target's values in them.
+
+    Raises ConfigError for a column that cannot be taken, and for too few rows; PolicyRefused for too few where the site's policy has rules.
+    """
     names = [*columns, *([target] if target else [])]
     if lacking := [name for name in names if name not in table]:
         raise ConfigError(f"the table has no column {lacking[0]!r}; it has {', '.join(map(str, table)) or 'none'}")
@@ -157,7 +167,8 @@ def _matrix(table: Any, columns: Sequence[str], rules: Disclosure, target: str =
     whole = np.column_stack(parts)
     whole = whole[np.isfinite(whole).all(axis=1)]
     if len(whole) < rules.min_count:
-        raise ConfigError(f"there are fewer than {rules.min_count} rows without a missing value, of which nothing may be said [min_count]")
+        few = f"there are fewer than {rules.min_count} rows without a missing value, of which nothing may be said"
+        raise PolicyRefused(few, clause="statistics.min_count") if SITE_RULES in site.config else ConfigError(f"{few} [min_count]")
     return (whole[:, :-1], whole[:, -1]) if target else (whole, whole[:, :0])
 
 

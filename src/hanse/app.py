@@ -141,9 +141,11 @@ class App:
 
     @property
     def module(self) -> Mapping[str, Any]:
-        """The names of the module that the functions are defined in; if they tell none, of the one that made the app."""
+        """The names of the first module, of those the functions are defined in and the one that made the app, which has it by name; if none
+        has, of the first of them."""
         made_of = map(inspect.unwrap, self._handlers.values())
-        return next((function.__globals__ for function in made_of if hasattr(function, "__globals__")), self._made_in)
+        homes = [*(function.__globals__ for function in made_of if hasattr(function, "__globals__")), self._made_in]
+        return next((home for home in homes if any(value is self for value in home.values())), homes[0])
 
     def handles(self, task_name: str) -> bool:
         """Whether there is a function for tasks of that name."""
@@ -168,7 +170,10 @@ class App:
         if task_name == EVALUATE and isinstance(answer, Mapping):
             return FLModel(metrics=answer)
         wanted = "an FLModel or a dictionary of metrics" if task_name == EVALUATE else "an FLModel"
-        raise ConfigError(f"{_called(function)} returned a {type(answer).__name__}: a function for task {task_name!r} returns {wanted}")
+        raise ConfigError(
+            f"{_called(function)} returned a {type(answer).__name__}: a function for task {task_name!r} returns {wanted}.",
+            hint="Such as FLModel(params=net.state_dict(), meta={'examples': 120})." if task_name == TRAIN else "",
+        )
 
 
 def _called(function: Handler) -> str:

@@ -46,6 +46,8 @@ class Partition(ABC):
         """How many rows each site has, shape (sites,)."""
 
     def __getitem__(self, rank: int) -> Rows:
+        if not isinstance(rank, int | np.integer):
+            raise ConfigError(f"a partition is asked for the rows of {rank!r}: give a site's rank, partition[site.rank]")
         if not 0 <= rank < len(self):
             raise IndexError(f"rank {rank}: there are {len(self)} sites, from 0")
         found = self._of(int(rank))
@@ -327,7 +329,7 @@ def _check_enough(rows: int, sites: int, each: int = 1) -> None:
 
 def _check_count(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ConfigError(f"{name} is {value!r}: it must be a whole number from {least}")
+        raise ConfigError(f"{name} is {value!r:.80}: it must be a whole number from {least}")
 
 
 def _check_alpha(alpha: float) -> None:

@@ -64,9 +64,9 @@ def test_a_pytree_goes_round_to_the_same_bits_everywhere(load: Callable[[str], A
     """This process has arrays, so its simulated sites are fresh interpreters; the job given as NumPy arrays starts from the same bits."""
     recipe = FedAvgRecipe(name="tree", app=load(CODE).app, model=pytree(jnp.asarray), rounds=2)
     assert recipe.first_model()[1] == "jax"
-    runs = [recipe.execute(SimEnv(num_clients=3, workers=workers, runs=tmp_path, console="quiet")) for workers in (1, 2)]
+    runs = [recipe.execute(SimEnv(num_clients=2, workers=workers, runs=tmp_path, console="quiet")) for workers in (1, 2)]
     same = replace(recipe, model=pytree(np.asarray), framework="jax")
-    runs.append(same.execute(PocEnv(num_clients=3, runs=tmp_path, console="quiet")))
+    runs.append(same.execute(PocEnv(num_clients=2, runs=tmp_path, console="quiet")))
     params = runs[0].get_result().params
     assert jax.tree.structure(params) == jax.tree.structure(pytree(np.asarray))
     assert [leaf.dtype.name for leaf in jax.tree.leaves(params)] == ["float32", "float16", "bfloat16", "float32"]

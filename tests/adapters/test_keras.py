@@ -120,8 +120,8 @@ def test_same_bits_in_both_environments(load: Any, tmp_path: Path) -> None:
     code = load(CODE)
     recipe = FedAvgRecipe(name="keras", app=code.app, model=code.network(), rounds=2)
     assert recipe.first_model()[1] == "keras"
-    runs = [recipe.execute(SimEnv(num_clients=3, workers=workers, runs=tmp_path, console="quiet")) for workers in (1, 2)]
-    runs.append(recipe.execute(PocEnv(num_clients=3, runs=tmp_path, console="quiet")))
+    runs = [recipe.execute(SimEnv(num_clients=2, workers=workers, runs=tmp_path, console="quiet")) for workers in (1, 2)]
+    runs.append(recipe.execute(PocEnv(num_clients=2, runs=tmp_path, console="quiet")))
     bits = [[array.tobytes() for array in run.get_result().params.values()] for run in runs]
     assert bits[0] == bits[1] == bits[2]
     assert runs[0].metrics == runs[1].metrics == runs[2].metrics

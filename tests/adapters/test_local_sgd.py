@@ -334,6 +334,7 @@ def test_orders_are_even() -> None:
         ({"lr": float("nan")}, "lr is nan"),
         ({"mu": -0.1}, "mu is -0.1"),
         ({"data": 3}, "data=, a function"),
+        ({"optimizer": "adam"}, "optimizer is 'adam'"),
         ({"optimizer": torch.optim.Adam, "momentum": 0.9}, "your own optimizer"),
         ({"optimizer": torch.optim.Adam, "stacked": True}, "stacked=True cannot go"),
     ],
@@ -354,6 +355,21 @@ def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None
 def test_a_task_that_is_not_the_modules(params: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         LocalSGD(module=mlp, data=data)(FLModel(params), site(0))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [(torch.zeros(3), "data gave a Tensor"), ((1, 2), "two tensors"), ((torch.zeros(3, 2), torch.zeros(2)), "as many rows")],
+)
+def test_data_that_is_none(given: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LocalSGD(module=mlp, data=lambda site: given)(model_of(mlp()), site(0))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is such a device here")
+def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match="device='cuda'"):
+        LocalSGD(module=mlp, data=data, device="cuda")(model_of(mlp()), site(0))
 
 
 def test_arrays_do_as_well() -> None:

@@ -6,11 +6,16 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hanse.environments.federation import connected, kit_in
-from hanse.environments.local import joined_sites, local_federation, local_project
+from hanse.environments.local import OPEN_POLICY, joined_sites, local_federation, local_project
 from hanse.errors import ConfigError, LinkBroken
+from hanse.messages.flmodel import FLModel
+from hanse.messages.task import Task, TaskId
+from hanse.messages.update import Record, Update
+from hanse.site.policy import check_update, read_policy
 
 pytestmark = pytest.mark.usefixtures("clean")
 
@@ -43,6 +48,13 @@ async def test_what_is_raised_inside_comes_out(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         async with local_federation(tmp_path, ["a"]):
             raise ZeroDivisionError
+
+
+def test_by_default_a_job_may_send_what_it_may_in_a_simulation(tmp_path: Path) -> None:
+    (tmp_path / "policy.yaml").write_text(OPEN_POLICY)
+    model = FLModel({"w": np.zeros(3)}, metrics={"loss": 0.5}, meta={"examples": 3, "learning_rate": 0.1, "scheduler": "cosine"})
+    update = Update("a", TaskId("job", 0, 0, "a"), model, records=(Record("note", "text", kind="text"),))
+    assert check_update(read_policy(tmp_path / "policy.yaml"), update, task=Task("train", FLModel())) == update
 
 
 def test_names_that_no_participant_may_have() -> None:

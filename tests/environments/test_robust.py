@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from hanse import (
     QFFL,
     Bulyan,
     FedAvgRecipe,
+    FedBuffRecipe,
     FedNova,
     GeometricMedian,
-    JobFailed,
     Krum,
     Median,
     MultiKrum,
@@ -26,6 +27,7 @@ from hanse import (
     WeightedMean,
     read_job,
 )
+from hanse.errors import ConfigError
 from hanse.server.run import Run
 
 CODE = """
@@ -87,9 +89,13 @@ def test_a_job_file_names_the_rule(load, tmp_path: Path) -> None:
 
 
 def test_too_few_sites_are_told_before_any_trains(load, tmp_path: Path, clean: None) -> None:
-    with pytest.raises(JobFailed, match="Krum needs at least 5 updates a round, 4 sites are asked") as caught:
-        recipe(load, Krum(1)).execute(SimEnv(num_clients=4, runs=tmp_path, console="quiet"))
-    assert Run(caught.value.folder).events("update") == []
+    with pytest.raises(ConfigError, match="Krum needs at least 5 updates a round, 4 sites are asked"):
+        recipe(load, Krum(1)).execute(SimEnv(num_clients=4, runs=tmp_path / "runs", console="quiet"))
+    with pytest.raises(ConfigError, match="Krum needs at least 5 updates a round, 2 sites are asked"):
+        replace(recipe(load, Krum(1)), sites_per_round=2).execute(PocEnv(num_clients=9, runs=tmp_path / "runs", console="quiet"))
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(ConfigError, match="Krum needs at least 5 updates a step, and buffer is 4"):
+        FedBuffRecipe(name="job", app=load(CODE).app, rounds=1, buffer=4, aggregator=Krum(1))
 
 
 def test_a_site_that_sends_what_no_other_does_is_named(load, tmp_path: Path, clean: None) -> None:

@@ -19,7 +19,7 @@ def run_example(name: str, folder: Path, *arguments: str, data: Path | str = "/n
     done = subprocess.run(
         [sys.executable, EXAMPLES / name, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr[-4000:]
     return done.stdout
 
 

@@ -234,9 +234,10 @@ def test_fine_tuning_leaves_no_process_behind_when_it_is_stopped(tmp_path: Path)
         [sys.executable, "-u", EXAMPLES / "finetuning" / "demo.py"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
-        assert any(line.startswith("data check") for line in process.stdout)  # both sites are at it
+        begun = any(line.startswith("data check") for line in process.stdout)  # both sites are at it
         process.send_signal(signal.SIGINT)
-        process.communicate()
+        _, said = process.communicate()
+    assert begun, said
     assert process.returncode == 130
     assert processes_in(tmp_path) == []
 

@@ -88,20 +88,22 @@ def train(model, site):
     if site.rank == 1 and model.current_round == 0:
         open(site.config["pipe"]).read()  # until the other site has seen the fourth version
     if site.rank == 0 and model.current_round == 4:
-        if not site.state.get("told"):
+        told = site.state.get("told")
+        if not told:
             open(site.config["pipe"], "w").close()
             site.state["told"] = 1
-        else:
+        if told or site.config.get("waits"):
             open(site.config["done"]).read()  # until the slow one has been heard and has got a new task
     if site.rank == 1 and model.current_round > 0:
         open(site.config["done"], "w").close()
-    return FLModel({"w": model.params["w"] + np.float32(1)}, metrics={"loss": float(model.current_round)})
+    metrics = {"loss": float(model.current_round), "mu": site.config.get("proximal_mu", 0.0)}
+    return FLModel({"w": model.params["w"] + np.float32(1)}, metrics=metrics)
 """
 
 
-@pytest.mark.parametrize("size", [3, 400_000])
-def test_a_task_that_is_out_across_commits_in_a_real_federation(size: int, load: Callable[[str], Any], tmp_path: Path) -> None:
-    """The slow site's update, of version 0, comes when there are four; the large one travels as a blob that outlives those commits."""
+def test_a_task_that_is_out_across_commits_in_a_real_federation(load: Callable[[str], Any], tmp_path: Path) -> None:
+    """The slow site's update, of version 0, comes when there are four. It travels as a blob that outlives those commits."""
+    size = 400_000
     for name in ("pipe", "done"):
         os.mkfifo(tmp_path / name)
     config = {name: str(tmp_path / name) for name in ("pipe", "done")}
@@ -115,6 +117,24 @@ def test_a_task_that_is_out_across_commits_in_a_real_federation(size: int, load:
     assert run.events("failure") == []
     w = 4 + (1 + 5**-0.5) / 2  # four plain steps, then one whose second update is four versions old
     np.testing.assert_allclose(run.get_result().params["w"], np.full(size, w), rtol=1e-6)
+
+
+def test_one_update_at_a_time_in_a_real_federation(load: Callable[[str], Any], tmp_path: Path) -> None:
+    """Four versions come of the fast site's updates, the fifth of one that was made of the first model; all are too small for blobs."""
+    for name in ("pipe", "done"):
+        os.mkfifo(tmp_path / name)
+    config = {name: str(tmp_path / name) for name in ("pipe", "done")} | {"waits": True}
+    recipe = FedAsyncRecipe(
+        name="a", app=load(SLOW).app, model={"w": np.zeros(3, "f4")}, rounds=5, alpha=0.5, mu=0.25, best="min loss", config=config
+    )
+    run = recipe.execute(PocEnv(num_clients=2, runs=tmp_path, console="quiet"))
+    events = [(event["site"], event["round"], event["staleness"]) for event in run.events("update")]
+    assert events == [("site-1", 0, 0), ("site-1", 1, 0), ("site-1", 2, 0), ("site-1", 3, 0), ("site-2", 4, 4)]
+    assert run.events("failure") == []
+    assert [metrics["mu"] for metrics in run.metrics] == [0.25] * 5
+    # x_t ← (1 - α_t) · x_{t-1} + α_t · x_new; x_new is x_{t-1} + 1 from the fast site, and 0 + 1 from the slow one, with α_t = 0.5 · s(4)
+    w, late = 4 * 0.5, 0.5 * 5**-0.5
+    np.testing.assert_allclose(run.get_result().params["w"], np.full(3, (1 - late) * w + late * 1), rtol=1e-6)
 
 
 BREAKS = """

@@ -91,12 +91,16 @@ def bytes_of(run: Run) -> bytes:
     return found
 
 
-def test_bagging_beats_the_best_site_alone_on_credit_data(app: Any, tmp_path: Path, data_folder: Path) -> None:
-    """24,000 customers at 6 sites, 6,000 others test. AUC, measured: 0.7737 together, 0.7701 at the best site, 0.7739 in one place."""
-    data = str(data_folder / "credit_default.npz")
+def test_bagging_makes_up_for_most_of_what_a_site_lacks_alone(app: Any, tmp_path: Path, data_folder: Path) -> None:
+    """24,000 customers at 15 sites, 6,000 others test. The result has to come nearer to all customers in one place than to the best site.
+
+    AUC, measured with three shuffles of the customers: 0.766 to 0.772 together, 0.750 to 0.759 at the best site, 0.762 to 0.773 in
+    one place.
+    """
+    data, sites, rounds = str(data_folder / "credit_default.npz"), 15, 8
     params = {"objective": "binary:logistic", "max_depth": 4, "eta": 0.3, "subsample": 0.8}
-    recipe = XGBoostBaggingRecipe(name="credit", app=app, params=params, rounds=12, config={"data": data})
-    together = booster_of(recipe.execute(simulated(tmp_path, num_clients=6)).get_result())
+    recipe = XGBoostBaggingRecipe(name="credit", app=app, params=params, rounds=rounds, config={"data": data})
+    together = booster_of(recipe.execute(simulated(tmp_path, num_clients=sites)).get_result())
     with np.load(data) as file:
         x, y = file["x"], file["y"]
     rows = np.random.default_rng(0).permutation(len(y))
@@ -105,14 +109,13 @@ def test_bagging_beats_the_best_site_alone_on_credit_data(app: Any, tmp_path: Pa
     def auc(booster: Any) -> float:
         return float(metrics.roc_auc_score(y[unseen], booster.predict(xgb.DMatrix(x[unseen]))))
 
-    def alone(mine: Any) -> float:
-        return auc(xgb.train(params | {"nthread": 1}, xgb.DMatrix(x[mine], y[mine]), 12))
+    def by_itself(mine: Any) -> float:
+        return auc(xgb.train(params | {"nthread": 1}, xgb.DMatrix(x[mine], y[mine]), rounds))
 
-    best = max(alone(seen[rank::6]) for rank in range(6))
-    print(f"together {auc(together):.4f}, best alone {best:.4f}, all in one place {alone(seen):.4f}")
-    assert auc(together) > 0.77
-    assert auc(together) > best + 0.003
-    assert auc(together) > alone(seen) - 0.01
+    alone, pooled = max(by_itself(seen[rank::sites]) for rank in range(sites)), by_itself(seen)
+    print(f"together {auc(together):.4f}, best alone {alone:.4f}, all in one place {pooled:.4f}")
+    assert pooled > alone + 0.01  # there is something to make up for
+    assert auc(together) > (alone + pooled) / 2
 
 
 def test_the_first_round_is_the_mean_of_what_the_sites_grew(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -145,6 +146,28 @@ def test_two_pieces_of_code_of_one_name(tmp_path: Path) -> None:
     sources.add(tmp_path / "a" / "train.py")
     with pytest.raises(ConfigError, match=r"two different pieces of code are called 'train.py': .*/a/train.py and .*/b/train.py"):
         sources.add(tmp_path / "b" / "train.py")
+
+
+def test_code_that_lies_beside_and_is_not_in_the_job(tmp_path: Path) -> None:
+    for name in ("network", "data", "plots", "faster", "json"):
+        (tmp_path / f"{name}.py").touch()
+    (tmp_path / "layers").mkdir()
+    (tmp_path / "layers" / "__init__.py").touch()
+    main = tmp_path / "main.py"
+    main.write_text(
+        "import json, numpy, network\nfrom layers.deep import Layer\ntry:\n    import faster\nexcept ImportError:\n    faster = None\n"
+        "def train():\n    from data import digits\nif __name__ == '__main__':\n    import plots\n"
+    )
+    sources = Sources()
+    sources.add(main)
+    missing = [str(tmp_path / name) for name in ("data.py", "layers", "network.py")]
+    says = re.escape(f"main.py imports what lies beside it and is not in the job. Name it in the recipe: code={missing}")
+    with pytest.raises(ConfigError, match=says):
+        write_folder(tmp_path / "job", JobFile(name="a", recipe="fedavg"), sources, MODEL)
+    assert not (tmp_path / "job").exists()
+    for name in ("data.py", "layers", "network.py"):
+        sources.add(tmp_path / name)
+    write_folder(tmp_path / "job", JobFile(name="a", recipe="fedavg"), sources, MODEL)
 
 
 def test_a_definition_is_known_by_its_file_and_name(tmp_path: Path) -> None:

@@ -56,6 +56,11 @@ def test_one_line_a_round() -> None:
     ]
 
 
+def test_simulated_time_stands_beside_the_real_one() -> None:
+    (line,) = printed([committed(accuracy=0.55) | {"virtual_s": 7323.0}]).splitlines()
+    assert line == "round 1      1.2 s  8/8 sites  2 h 02 min simulated  accuracy 0.5500"
+
+
 def test_a_resumed_run_says_from_where() -> None:
     assert printed([START | {"resumed": 3}]).endswith("seed 0, resumed after 3 commits\n")
 

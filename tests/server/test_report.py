@@ -114,6 +114,12 @@ def test_says_at_a_glance_what_came_out(tmp_path: Path) -> None:
     assert "python 3.11.7" in page.words
 
 
+def test_says_how_much_time_was_simulated(tmp_path: Path) -> None:
+    simulated = [event | {"virtual_s": 3600.0 * (event["round"] + 1)} if event["event"] == "round" else event for event in rounds(2)]
+    assert "Simulated time 2 h 00 min 1 h 00 min a round Time 6.5 s" in report(tmp_path, simulated).words
+    assert "imulated" not in report(tmp_path, rounds(2)).words
+
+
 def test_stands_alone(tmp_path: Path) -> None:
     page = report(tmp_path, rounds(3))
     assert not re.search(r"https?:|//\w|url\(|@import", page.source)

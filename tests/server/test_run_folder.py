@@ -76,6 +76,15 @@ def test_events_are_told_at_once_and_written_with_the_commit(folder: Open, tmp_p
     assert facts(tmp_path)["rounds"] == {"done": 1, "total": 3}
 
 
+def test_statistics_are_a_file_too(folder: Open, tmp_path: Path) -> None:
+    run = folder()
+    run.event("statistics", round=0, columns={"age": {"count": np.int64(3)}}, members={"": ["oslo"]})
+    assert not (tmp_path / "statistics.json").exists()
+    run.commit(model(0))
+    written = json.loads((tmp_path / "statistics.json").read_text())
+    assert written == {"columns": {"age": {"count": 3}}, "members": {"": ["oslo"]}}
+
+
 def test_a_new_process_finds_the_last_commit(folder: Open, tmp_path: Path) -> None:
     run = folder()
     assert run.resume() is None

@@ -15,7 +15,7 @@ from hanse.errors import ConfigError, Failure, HanseError, PolicyRefused
 from hanse.identity.certificates import Identity, Role
 from hanse.jobs.archive import Content, Manifest, code_digest
 from hanse.messages.flmodel import FLModel, ParamsType
-from hanse.messages.task import TaskId
+from hanse.messages.task import Task, TaskId
 from hanse.messages.update import Record, Update
 from hanse.messages.wire import Resources
 from hanse.site.policy import DEFAULT_POLICY, Caps, Meter, Policy, Spent, check_offer, check_update, read_policy
@@ -101,6 +101,11 @@ def test_the_examples_in_the_default_file_are_filters(tmp_path: Path) -> None:
         ("filters: [{kind: clip}]", "no 'clip' among the filters"),
         ("filters: [{kind: clip_norm, max_norm: 0}]", "max_norm is 0"),
         ("filters: [{kind: clip_norm}]", "max_norm"),
+        ("statistics: {min_cuont: 20}", r"unknown field `min_cuont` - at `\$.statistics`"),
+        ("statistics: {min_count: 0}", "min_count is 0: it must be a whole number from 1"),
+        ("statistics: {min_count: 2.5}", r"at `\$.statistics.min_count`"),
+        ("statistics: {count_noise: .inf}", "count_noise is inf"),
+        ("statistics: {extremes: 1}", r"at `\$.statistics.extremes`"),
         ("logs: true\ncaps:\n  rounds: 1\nlogs: false", "line 4: 'logs' is there twice"),
         ("caps:\n  rounds: 1\n  rounds: 2", "line 3: 'rounds' is there twice"),
         ("logs: [", "line 1"),
@@ -166,12 +171,13 @@ def test_what_a_job_says_it_takes_is_checked_at_once() -> None:
 
 def refusal(clauses: Policy, update: Update = UPDATE) -> tuple[str, str]:
     with pytest.raises(PolicyRefused) as refused:
-        check_update(clauses, update, reference=REFERENCE)
-    return refused.value.clause, str(refused.value)
+        check_update(clauses, update, task=Task("train", REFERENCE))
+    assert refused.value.hint == "Leave it out, or have the site allow it in its policy."
+    return refused.value.clause, refused.value.message
 
 
 def leaves(clauses: Policy, update: Update = UPDATE) -> Update:
-    return check_update(clauses, update, reference=REFERENCE)
+    return check_update(clauses, update, task=Task("train", REFERENCE))
 
 
 def test_by_default_numbers_leave_and_texts_stay() -> None:
@@ -221,10 +227,10 @@ def test_meta_that_the_mean_does_not_need_stays() -> None:
     for value, free in (("text", True), ("other", False)):
         brought = FLModel(meta={"note": value})
         if free:
-            assert check_update(Policy(), told, reference=brought).model.meta == told.model.meta
+            assert check_update(Policy(), told, task=Task("train", brought)).model.meta == told.model.meta
         else:
             with pytest.raises(PolicyRefused, match="note"):
-                check_update(Policy(), told, reference=brought)
+                check_update(Policy(), told, task=Task("train", brought))
 
 
 def test_the_words_of_an_error_stay() -> None:
@@ -240,6 +246,29 @@ def test_the_words_of_an_error_stay() -> None:
     assert "[logs]" in str(out.failure)
     assert "Jane" not in repr(out)
     assert leaves(policy(logs=True), failed) == failed
+
+
+def test_too_few_rows_are_named_by_the_clause_in_the_agents_own_words() -> None:
+    """The site's rules for statistics are its own: who asks may know that they stood in the way, and nothing else that the code says."""
+    clause = "statistics.min_count"
+    failed = replace(UPDATE, model=FLModel(), failure=Failure("PolicyRefused", f"Jane Doe is one of few [{clause}]", "Jane"), records=())
+    told = leaves(policy(statistics={"min_count": 30}), failed)
+    assert told.failure == Failure("PolicyRefused", f"there are fewer than 30 rows to speak of [{clause}]")
+    for clauses, code in ((Policy(), "PolicyRefused"), (policy(statistics={}), "ConfigError")):
+        told = leaves(clauses, replace(failed, failure=Failure(code, f"Jane [{clause}]")))
+        assert told.failure is not None
+        assert told.failure.code == "SiteFailed"
+        assert "Jane" not in repr(told)
+
+
+def test_a_recipe_that_needs_exact_counts_is_refused_at_once_where_they_must_have_noise() -> None:
+    for workflow, refused in (("kmeans", True), ("logistic-newton", True), ("statistics", False), ("fedavg", False)):
+        assert clause_of(policy(statistics={"count_noise": 1}), workflow=workflow) == ("statistics.count_noise" if refused else None)
+        assert clause_of(policy(statistics={}), workflow=workflow) is None
+
+
+def test_a_policy_with_rules_for_statistics_leaves_other_tasks_alone() -> None:
+    assert leaves(policy(statistics={"min_count": 50, "count_noise": 3}, logs=True)) == UPDATE
 
 
 def test_optimizer_params_never_leave() -> None:
@@ -259,10 +288,10 @@ def test_filters_always_apply_and_what_leaves_is_what_is_checked() -> None:
 def test_filters_see_the_change_of_a_full_model() -> None:
     full = replace(UPDATE, model=FLModel({"body.w": np.array([4.0, 1.0, 1.0])}))
     clip = policy(filters=[{"kind": "clip_norm", "max_norm": 1.0}])
-    out = check_update(clip, full, reference=FLModel({"body.w": np.ones(3)}))
+    out = check_update(clip, full, task=Task("train", FLModel({"body.w": np.ones(3)})))
     np.testing.assert_allclose(out.model.params["body.w"], [2.0, 1.0, 1.0])
     with pytest.raises(ConfigError, match=r"body\.w"):
-        check_update(clip, full, reference=FLModel())
+        check_update(clip, full, task=Task("train", FLModel()))
 
 
 def test_nobody_can_foretell_a_sites_noise() -> None:

@@ -252,6 +252,18 @@ def test_a_task_done_again_has_the_same_random_numbers() -> None:
     assert all(len({metrics[name] for metrics in [first, *others]}) == 3 for name in "abc")
 
 
+def test_what_cannot_be_kept_is_named() -> None:
+    def train(model: FLModel, site: Site) -> FLModel:
+        site.state["net"] = object()
+        return model
+
+    state = {"kept": 1}
+    update = do(train, state=state)
+    assert update.failure is not None
+    assert "site.state['net']" in update.failure.message
+    assert state == {"kept": 1}
+
+
 def test_state_lasts_and_a_failed_task_leaves_it_as_it_was() -> None:
     def train(model: FLModel, site: Site) -> FLModel:
         site.state["count"] = site.state.get("count", 0) + 1

@@ -197,7 +197,7 @@ async def test_the_best_is_the_model_that_was_scored(
     federate: Any, tmp_path: Any, app: App, evaluate: bool, scores: list[float], best_round: int
 ) -> None:
     async with federate(app, sites=2) as federation:
-        last = await fedavg(federation.cohort, FLModel({"w": np.zeros(1)}), rounds=4, evaluate=evaluate, best=Goal("score"))
+        last = await fedavg(federation.cohort, FLModel({"w": np.zeros(1)}), rounds=4, evaluate=evaluate, best=Goal("max score"))
         assert [event["metrics"]["score"] for event in federation.noted("round")] == scores
         assert federation.folder.best is not None
         assert federation.folder.best.round == best_round
@@ -210,7 +210,16 @@ async def test_the_best_is_the_model_that_was_scored(
 async def test_it_stops_early(federate: Any) -> None:
     async with federate(counting, sites=2) as federation:
         model = await fedavg(federation.cohort, FLModel({"w": np.zeros(1)}), rounds=9, stop_when=Condition("score >= 0"))
+        assert federation.noted("message")[-1]["level"] == "info"
     assert (model.current_round, model.params["w"].tolist(), model.metrics) == (2, [3.0], {"score": 0.0})
+
+
+async def test_a_metric_to_stop_by_that_never_comes_is_told_once(federate: Any) -> None:
+    async with federate(counting, sites=2) as federation:
+        await fedavg(federation.cohort, FLModel({"w": np.zeros(1)}), rounds=3, stop_when=Condition("acuracy >= 0"))
+        (said,) = federation.noted("message")
+        assert (said["round"], said["level"]) == (0, "warning")
+        assert said["text"] == "'acuracy >= 0' is no reason to stop: there is no metric 'acuracy', only score"
 
 
 async def test_the_round_goes_on_while_enough_are_left(federate: Any) -> None:

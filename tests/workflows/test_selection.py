@@ -120,6 +120,34 @@ async def test_sites_tell_how_many_examples_they_have(federate: Any) -> None:
             await ByExamples().select(cohort, MODEL, 3)
 
 
+async def test_sites_tell_it_once_in_a_job(federate: Any, tmp_path: Path) -> None:
+    log = tmp_path / "asked"
+
+    def examples(model: FLModel, site: Site) -> FLModel:
+        with log.open("a") as asked:
+            asked.write(f"{site.rank}")
+        if site.rank == 1 and log.read_text().count("1") < 3:
+            raise ValueError("not yet")
+        return FLModel(meta={"examples": 1})
+
+    for before in ("", "011123"):  # another job asks anew
+        async with federate(app_of(train=train, examples=examples), sites=4) as federation:
+            for after in ("0123", "01123", "011123", "011123") if not before else ("0011112233",) * 2:
+                federation.cohort._begin_commit()
+                await ByExamples().select(federation.cohort, MODEL, 2)
+                assert "".join(sorted(log.read_text())) == after
+                assert federation.cohort._asks == 1  # the tasks that follow have the same ids in a restarted job, which asks here
+
+
+async def test_a_million_sites_are_not_asked(federate: Any) -> None:
+    async with federate(app_of(train=train), sites=1_000_000) as federation:
+        for selection in (ByExamples(), PowerOfChoice(4)):
+            with pytest.raises(
+                ConfigError, match="each of 1,000,000 sites would be asked how many examples it has, and at most 10,000 are"
+            ):
+                await selection.select(federation.cohort, MODEL, 2)
+
+
 async def test_the_worst_of_the_candidates_train(federate: Any) -> None:
     losses = {1: 0.5, 2: math.nan, 3: 2.0, 4: 1.0, 5: 2.0, 6: math.inf}
 
@@ -191,6 +219,7 @@ def test_a_job_file_describes_it(selection: Selection, load: Any, tmp_path: Path
         (PowerOfChoice(1), {}, "2 sites a round cannot be the worst of 1 candidates"),
         (PowerOfChoice(9), {"sites_per_round": None}, "all sites a round cannot be"),
         (PowerOfChoice(4, by_examples=False), {"app": app_of(train=train)}, "needs an app with a function for 'evaluate'"),
+        (ByExamples(), {"sites_per_round": None}, "all sites train in each round: give sites_per_round"),
         (ByExamples(), {"app": app_of(train=train)}, "needs an app with a function for 'examples'"),
     ],
 )

@@ -183,7 +183,10 @@ def _names() -> tuple[str, ...]:
 @lru_cache
 def _load(name: str) -> Adapter:
     [entry] = [entry for entry in _installed() if entry.name == name]
-    adapter: Adapter = entry.load()
+    try:
+        adapter: Adapter = entry.load()
+    except ModuleNotFoundError as error:
+        raise NotInstalled(f"framework {name!r} needs the package {error.name!r}, which is not installed here.") from error
     return adapter
 
 

@@ -73,6 +73,8 @@ class FedBuffRecipe(_AsynchronousRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         counts(self, buffer=self.buffer)
+        if (needs := getattr(self.aggregator, "needs", 1)) > self.buffer:
+            raise ConfigError(f"{type(self.aggregator).__name__} needs at least {needs} updates a step, and buffer is {self.buffer}")
         part(self, "aggregator", "merge")
         part(self, "server_optimizer", "step")
 

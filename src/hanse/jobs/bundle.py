@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import importlib.util
 import json
@@ -9,7 +10,7 @@ import platform
 import shutil
 import sys
 import tomllib
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -83,6 +84,16 @@ class Sources:
             )
         return CodeName(self.add(Path(file)), name)
 
+    def check_complete(self) -> None:
+        """Raises ConfigError if a file of the code imports one that lies beside it and is not among the code: elsewhere it would be missed.
+
+        What only a file's own `if __name__ == "__main__":` imports is not run elsewhere, and what a `try` imports may be missing.
+        """
+        for path in self._paths.values():
+            beside = [found for name in _imported(path) if (found := _beside(path, name)) is not None]
+            if missing := sorted({str(found) for found in beside if found.name not in self._paths}):
+                raise ConfigError(f"{path.name} imports what lies beside it and is not in the job. Name it in the recipe: code={missing}")
+
     def copy_to(self, folder: Path) -> None:
         folder.mkdir(parents=True)
         for name, path in self._paths.items():
@@ -92,12 +103,40 @@ class Sources:
                 shutil.copyfile(path, folder / name)
 
 
+def _imported(path: Path) -> Iterator[str]:
+    """The top-level names of the modules that a Python file imports by their full names."""
+    try:
+        left: list[ast.AST] = [ast.parse(path.read_bytes())] if path.is_file() and path.suffix == ".py" else []
+    except (SyntaxError, ValueError):
+        return  # who imports it will say so
+    while left:
+        match left.pop():
+            case ast.Try() | ast.TryStar() | ast.If(test=ast.Compare(left=ast.Name(id="__name__"))):
+                pass
+            case ast.Import(names=names):
+                yield from (alias.name.partition(".")[0] for alias in names)
+            case ast.ImportFrom(module=str(module), level=0):
+                yield module.partition(".")[0]
+            case node:
+                left += ast.iter_child_nodes(node)
+
+
+def _beside(path: Path, name: str) -> Path | None:
+    """The file or folder beside `path` that `import name` there means; None if there is none, or it means another one."""
+    loaded = getattr(sys.modules.get(name), "__file__", None)
+    for found, file in ((path.parent / name, path.parent / name / "__init__.py"), (path.parent / f"{name}.py",) * 2):
+        if file.is_file() and (loaded is None or Path(loaded).resolve() == file.resolve()):
+            return found
+    return None
+
+
 def write_folder(folder: Path, job: JobFile, sources: Sources, model: FLModel, *, format: str = "yaml") -> None:
     """Write the job folder, which must not exist yet or be empty; `job` gets the model's place and the digests."""
     if format not in ("yaml", "json"):
         raise ConfigError(f"format is {format!r}: a job is written as yaml or json")
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty: a job is written to a folder of its own")
+    sources.check_complete()
     sources.copy_to(folder / CODE)
     if model.params is not None:
         write(folder / MODEL, model)

@@ -16,7 +16,8 @@ from hanse.workflows.describe import describe
 
 @dataclass(frozen=True, kw_only=True)
 class StatisticsRecipe(Recipe):
-    """Statistics of the sites' tables; nothing is trained. What may leave a site is said where its app is made: `hanse.table_app`.
+    """Statistics of the sites' tables; nothing is trained. What may leave a site is said where its app is made, by
+    `hanse.table_app`, and in the site's policy.
 
     columns: which; None: every column of numbers that a site has.
     bins: how many a histogram has; None: no histograms, and no quantiles.

@@ -58,6 +58,9 @@ class FedAvgRecipe(Recipe):
 
     def check_sites(self, count: int) -> None:
         super().check_sites(count)
+        asked, needs = self.sites_per_round or count, getattr(self.aggregator, "needs", 1)
+        if asked < needs:
+            raise ConfigError(f"{type(self.aggregator).__name__} needs at least {needs} updates a round, {asked} sites are asked.")
         candidates = getattr(self.selection, "candidates", 0)
         if candidates > count:
             raise ConfigError(f"recipe {self.name!r} selects from candidates={candidates}, and the number of sites is {count}")

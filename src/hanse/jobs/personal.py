@@ -41,7 +41,7 @@ class PersonalRecipe(FedAvgRecipe):
         kept = [name for name in names if any(fnmatchcase(name, pattern) for pattern in self.local)]
         if params is None or not kept or len(kept) == len(names):
             raise ConfigError(
-                f"recipe {self.name!r} keeps {len(kept)} of the first model's {len(names)} tensors local: some must be, and not all",
+                f"recipe {self.name!r} keeps {len(kept)} of the first model's {len(names)} tensors local: some must be, and not all.",
                 hint=f"Name them as the model does: {', '.join(names[:5])} …" if names else "Give the recipe a first model.",
             )
 

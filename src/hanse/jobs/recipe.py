@@ -232,7 +232,8 @@ def part(recipe: Recipe, name: str, method: str) -> None:
     """Raises ConfigError if the recipe's field `name` is no object with that method."""
     value = getattr(recipe, name)
     if isinstance(value, type) or not callable(getattr(value, method, None)):
-        raise ConfigError(f"recipe {recipe.name!r} has {name}={value!r}: it must be an object with a method {method}")
+        hint = f"Give an object of it: {value.__name__}(…)." if isinstance(value, type) else ""
+        raise ConfigError(f"recipe {recipe.name!r} has {name}={value!r}: it must be an object with a method {method}.", hint=hint)
 
 
 def json_values(name: str, values: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ def failure_of(error: BaseException) -> tuple[Failure, Record]:
     failure = Failure.of(error)
     message, hint = failure.message, failure.hint
     if isinstance(error, SystemExit):
-        message, hint = f"the code exited with status {error.code}", "What it printed before that is in the site's log."
+        message, hint = f"the code exited with status {error.code}.", "What it printed before that is in the site's log."
     elif isinstance(error, ValueError) and "read-only" in message:
         hint = _READ_ONLY_HINT
     if where := _where(error):

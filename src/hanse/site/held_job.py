@@ -28,6 +28,7 @@ from hanse.messages.update import Update
 from hanse.messages.wire import Blob, Delivery, FromSite, Left, Offer, Output, Payload, TaskRef
 from hanse.sandbox import Sandbox
 from hanse.site import launcher
+from hanse.site.disclosure import check_task, told
 from hanse.site.kept import Counted, Kept
 from hanse.site.launcher import Trainer
 from hanse.site.ledger import Ledger
@@ -274,7 +275,10 @@ class HeldJob:
         if is_new:
             self._meter.charge(download_bytes=blob.size)
         await self._unpack()
+        rules = self._site.policy.statistics
         with await self._frame(payload) as (frame, task):
+            if rules is not None:
+                check_task(rules.rules(), self.manifest.workflow, task)
             if is_new:
                 self._count_task(ref, task)
             done = await self._train(ref, frame)
@@ -363,7 +367,7 @@ class HeldJob:
         if update.failure is not None:
             traceback = next((str(record.value) for record in update.records if record.key == "traceback"), "")
             logger.warning("job %s, task %s failed: %s\n%s", self.id, _text(ref), update.failure, traceback)
-        checked = check_update(self._site.policy, update, reference=task.model)
+        checked = check_update(self._site.policy, update, task=task)
         mapping = done.body.buffer.obj
         return checked, Outgoing(encode_update(checked), mapping if isinstance(mapping, mmap.mmap) else None, done.body.release)
 
@@ -427,13 +431,13 @@ class HeldJob:
 
     def _start_trainer(self) -> Trainer:
         resources, caps, kit = self.manifest.resources, self._site.policy.caps, self._site.kit
-        signed = self.manifest.site_config.get(kit.name, {})
+        signed, rules = self.manifest.site_config.get(kit.name, {}), self._site.policy.statistics
         begin = Begin(
             folder=str(self._kept.job),
             site=kit.name,
             rank=self.offer.rank,
             sites=self.offer.sites,
-            config={**signed, **kit.config},
+            config={**signed, **kit.config, **(told(rules.rules()) if rules is not None else {})},
             threads=max(1, int(resources.cores)),
             cpu_s=self._cpu_left_s(),
             memory_bytes=caps.memory_bytes,

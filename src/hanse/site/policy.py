@@ -25,8 +25,11 @@ from hanse.jobs.bundle import read_mapping
 from hanse.jobs.parts import part_of
 from hanse.messages.flmodel import FLModel
 from hanse.messages.params import flatten, unflatten
+from hanse.messages.task import Task
 from hanse.messages.update import Record, Update
 from hanse.sandbox import SandboxMode
+from hanse.site.disclosure import check_recipe, disclosed
+from hanse.statistics.disclosure import Disclosure
 
 Patterns = tuple[Annotated[str, msgspec.Meta(min_length=1)], ...]
 """Names with `*`, `?` and `[…]`; case counts. A list that is empty matches nothing."""
@@ -46,7 +49,8 @@ submitters:
   organisations: ["*"]
   roles: [project-admin, org-admin, researcher]
 
-# The kinds of recipes: fedavg, fedprox, fedopt, cyclic, fedeval, and workflow for one of the job's own (it runs at the server).
+# The kinds of recipes, such as fedavg, scaffold, personal, fedbuff, statistics and fedeval; and workflow for one of the job's own, which
+# runs at the server. The key `recipe` of job.yaml is the kind.
 workflows: ["*"]
 
 # Whose code runs here: any code that one of these has signed, and else the code that was reviewed, by its digest.
@@ -76,6 +80,11 @@ logs: false
 #   - {kind: clip_norm, max_norm: 1.0}
 #   - {kind: gaussian_noise, stddev: 0.01}
 filters: []
+
+# Rules of this site for statistics, k-means and regression; of each rule the job's or the site's applies, whichever is stricter. null: the
+# job's. With {} these are
+#   {min_count: 10, max_bins_share: 0.1, extremes: false, count_noise: 0, range_noise: 0}
+statistics: null
 
 # The most that one job may take; null: no limit.
 caps:
@@ -120,6 +129,23 @@ class Leaving(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
     def denied(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if _fits(name, self.deny) or not _fits(name, self.allow)]
+
+
+class Statistics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The site's own rules for statistics: see `hanse.Disclosure`. Noise is added by the agent. Raises ConfigError for one out of range."""
+
+    min_count: int = Disclosure.min_count
+    max_bins_share: float = Disclosure.max_bins_share
+    extremes: bool = Disclosure.extremes
+    count_noise: float = Disclosure.count_noise
+    range_noise: float = Disclosure.range_noise
+
+    def __post_init__(self) -> None:
+        self.rules()
+
+    def rules(self) -> Disclosure:
+        """As the agent applies them."""
+        return Disclosure(**msgspec.structs.asdict(self))
 
 
 class Caps(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -173,6 +199,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     meta: Leaving = Leaving(allow=("examples", "steps", "excluded"))
     logs: bool = False
     filters: tuple[dict[str, Any], ...] = ()
+    statistics: Statistics | None = None
     caps: Caps = Caps()
     window: str | None = None
     sandbox: SandboxMode = "required"
@@ -226,6 +253,8 @@ def check_offer(policy: Policy, manifest: Manifest, submitter: Identity) -> None
             clause="code.digests",
             hint="Have the site review it and add that digest to its policy.",
         )
+    if policy.statistics is not None:
+        check_recipe(policy.statistics.rules(), manifest.workflow)
     _check_cap("rounds", manifest.rounds, policy.caps.rounds, f"{job} may take")
     _check_cap("memory_bytes", manifest.resources.memory_bytes, policy.caps.memory_bytes, f"{job} asks for")
 
@@ -267,14 +296,17 @@ def _check_cap(name: str, value: float, cap: float | None, who: str) -> None:
 # ----------------------------------------------------------------------------------------------------------------------- what goes out
 
 
-def check_update(policy: Policy, update: Update, *, reference: FLModel) -> Update:
-    """The update as it may leave: after the site's filters, without what the policy drops.
+def check_update(policy: Policy, update: Update, *, task: Task) -> Update:
+    """The update as it may leave: after the site's rules for statistics and its filters, without what the policy drops.
 
-    reference: the task's model as the training code got it, for filters that need the change; meta that it brought may go back.
-    Filters draw from the operating system's randomness: neither the server nor the job can know the noise, and no run repeats it.
+    task: its model is what filters that need the change compare with; meta that it brought may go back.
+    Rules and filters draw from the operating system's randomness: neither the server nor the job can know the noise, and no run repeats it.
     Raises PolicyRefused if something is in it that may not leave, ConfigError if a filter cannot work on it. Arrays are copied only by
     filters that change them.
     """
+    reference = task.model
+    if policy.statistics is not None:
+        update = disclosed(policy.statistics.rules(), task, update)
     if update.model.optimizer_params:
         update = replace(update, model=replace(update.model, optimizer_params={}))
     filters = policy.site_filters()
@@ -287,7 +319,7 @@ def check_update(policy: Policy, update: Update, *, reference: FLModel) -> Updat
     failure, records = update.failure, update.records
     if not policy.logs:
         records = tuple(record for record in records if _is_number(record))
-        failure = failure and _WITHHELD
+        failure = failure and (_too_few(policy, failure) or _WITHHELD)
     numbers = _allowed("metrics", policy.metrics, {record.key: None for record in records if _is_number(record)})
     records = tuple(record for record in records if not _is_number(record) or record.key in numbers)
     return replace(update, model=model, failure=failure, records=records)
@@ -296,6 +328,14 @@ def check_update(policy: Policy, update: Update, *, reference: FLModel) -> Updat
 _WITHHELD = Failure(
     "SiteFailed", "the work failed at the site, and its policy keeps the words of errors there [logs]", "Ask the site: its log has them."
 )
+
+
+def _too_few(policy: Policy, failure: Failure) -> Failure | None:
+    """In the agent's own words, that the code kept the clause `statistics.min_count`; None if it failed of something else."""
+    clause = "statistics.min_count"
+    if policy.statistics is None or failure.code != PolicyRefused.__name__ or not failure.message.endswith(f" [{clause}]"):
+        return None
+    return Failure.of(PolicyRefused(f"there are fewer than {policy.statistics.min_count} rows to speak of", clause=clause))
 
 
 def _is_number(record: Record) -> bool:
@@ -343,7 +383,8 @@ def _names(node: Any, path: tuple[str, ...]) -> Iterator[str]:
 
 def _refused(clause: str, leaving: Leaving, name: str) -> PolicyRefused:
     part = "deny" if _fits(name, leaving.deny) else "allow"
-    return PolicyRefused(f"{name!r:.200} may not leave this site", clause=f"{clause}.{part}")
+    hint = "Leave it out, or have the site allow it in its policy."
+    return PolicyRefused(f"{name!r:.200} may not leave this site", clause=f"{clause}.{part}", hint=hint)
 
 
 def _fits(name: str, patterns: Sequence[str]) -> bool:

@@ -17,6 +17,10 @@ from hanse.statistics.moments import Moments
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
+SITE_RULES = "statistics_rules"
+"""The key in a site's config under which its policy tells code that obeys, such as `hanse.table_app`, the rules that it has to keep."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Disclosure:
     """The rules of one site. None of them is differential privacy: they keep small groups and single values out, and prove nothing.
@@ -24,7 +28,7 @@ class Disclosure:
     min_count: nothing is said of fewer values or rows than this, and no cell of a histogram below it is sent.
     max_bins_share: a histogram has at most so many bins for each value; of a column with fewer, none is sent.
     extremes: whether the smallest and the largest value are sent. Without it, a range that is asked for is rounded outwards.
-    count_noise: standard deviation of the noise added to each count; it is rounded to whole numbers.
+    count_noise: standard deviation of the noise added to each count, rounded to whole numbers; mean and variance get about as much.
     range_noise: extremes and ranges are moved outwards by a random share of their span, up to this.
     Raises ConfigError for a value out of range.
     """
@@ -44,14 +48,33 @@ class Disclosure:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: it must be a number from 0")
 
+    def stricter(self, other: Disclosure) -> Disclosure:
+        """Of each rule the one that lets less out."""
+        return Disclosure(
+            min_count=max(self.min_count, other.min_count),
+            max_bins_share=min(self.max_bins_share, other.max_bins_share),
+            extremes=self.extremes and other.extremes,
+            count_noise=max(self.count_noise, other.count_noise),
+            range_noise=max(self.range_noise, other.range_noise),
+        )
+
     def noisy(self, moments: Moments, rng: np.random.Generator) -> Moments:
-        """The moments with noise on their counts. Mean and variance stay, so sum and m2 change along and do not give the count away."""
+        """The moments with noise: on their counts, and on mean and variance about as much as if that many rows had come or gone.
+
+        Mean and variance need it too: of a column of whole numbers, the exact mean is a fraction whose denominator tells the count.
+        With s the standard deviation of n values, one row more moves the mean by s / n and the variance by √2 s² / n, as root mean squares
+        over rows of a normal distribution.
+        """
         if not self.count_noise:
             return moments
         count, missing = (max(0, n + round(rng.normal(0.0, self.count_noise))) for n in (moments.count, moments.missing))
         count = max(count, self.min_count)
-        m2 = moments.variance * (count - 1) if moments.count > 1 else 0.0
-        return replace(moments, count=count, missing=missing, total=moments.mean * count, m2=m2)
+        if not moments.count:
+            return replace(moments, count=count, missing=missing)
+        mean, variance, share = moments.mean, moments.variance if moments.count > 1 else 0.0, self.count_noise / moments.count
+        mean += share * math.sqrt(variance) * rng.normal()
+        variance *= max(0.0, 1 + share * math.sqrt(2) * rng.normal())
+        return replace(moments, count=count, missing=missing, total=mean * count, m2=variance * (count - 1))
 
     def widened(self, low: float, high: float, rng: np.random.Generator) -> tuple[float, float]:
         """The range with each end moved outwards."""
