@@ -22,7 +22,7 @@ from hanse.server.run import Run
 from hanse.server.track import Target, track
 
 pytestmark = pytest.mark.usefixtures("clean")
-Board = Callable[[Path], dict[tuple[str, int], float]]
+Board = Callable[..., dict[tuple[str, int], float]]
 
 APP = """
 import time
@@ -114,7 +114,7 @@ def test_a_tracker_that_is_killed_is_replaced(tmp_path: Path, recipe: Any, gate:
     run = recipe(gate=str(gate), board=str(shown)).execute(simulated(tmp_path, num_clients=1, track="tensorboard"))
     thread.join()
     assert run.get_status() == "completed"
-    assert board(shown) == losses(run)
+    assert board(shown, killed=True) == losses(run)
     assert sum("was killed by SIGKILL" in text and "It is started again." in text for text in messages(run)) == 1
 
 

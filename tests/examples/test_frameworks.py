@@ -22,12 +22,6 @@ def test_keras(tmp_path: Path) -> None:
     assert finished(tmp_path, "keras").metrics[-1]["accuracy"] > 0.9
 
 
-def test_monai_on_discs(tmp_path: Path) -> None:
-    printed = run_example("monai/job.py", tmp_path)
-    assert "There is no /nowhere/pneumoniamnist.npz" in printed
-    assert finished(tmp_path, "monai").metrics[-1]["accuracy"] > 0.9
-
-
 def test_monai_on_x_rays(tmp_path: Path, data_folder: Path) -> None:
     printed = run_example("monai/job.py", tmp_path, data=data_folder)
     assert "There is no" not in printed

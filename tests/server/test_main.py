@@ -146,7 +146,7 @@ async def test_a_jobs_values_are_in_tensorboard_while_it_runs(kit: Kit, identiti
     async def look(site: SmallSite, assignment: Assignment) -> bool:
         """The round before this one is there, while this one goes on. One site kills, and comes again."""
         commit = assignment.task.commit
-        while ("loss", commit - 1) not in board(shown) and commit:
+        while ("loss", commit - 1) not in board(shown, killed=True) and commit:
             await asyncio.sleep(0.05)
         if commit in (2, 3) and commit not in killed and site.name == "a":
             killed.append(commit)
@@ -170,10 +170,10 @@ async def test_a_jobs_values_are_in_tensorboard_while_it_runs(kit: Kit, identiti
         assert (await federation.finished(job))["status"] == "completed"
         run = Run(kit.state_folder / "jobs" / job)
         async with asyncio.timeout(60):
-            while len(board(shown)) < 4:
+            while len(board(shown, killed=True)) < 4:
                 await asyncio.sleep(0.05)
-        assert board(shown) == {("loss", n): np.float32(metrics["loss"]) for n, metrics in enumerate(run.metrics)}
-        assert len(board(shown.parent / "sites" / "b")) == 4
+        assert board(shown, killed=True) == {("loss", n): np.float32(metrics["loss"]) for n, metrics in enumerate(run.metrics)}
+        assert len(board(shown.parent / "sites" / "b", killed=True)) == 4
         assert not list(run.folder.glob("*tensorboard*"))  # the job's own code can write there
     finally:
         await ended(federation, process)
