@@ -135,7 +135,7 @@ def test_a_tracker_that_hangs_is_left_behind(
     assert run.get_status() == "completed"
     assert "the process that writes the run's values to tensorboard was killed by SIGKILL" in " ".join(capsys.readouterr().out.split())
     track(run.folder, Target("tensorboard"))
-    assert board(run.folder / "tensorboard" / "global") == losses(run)
+    assert board(run.folder / "tensorboard" / "global", killed=True) == losses(run)
 
 
 def test_a_receiver_that_is_not_reached(
