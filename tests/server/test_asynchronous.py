@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,6 +65,10 @@ async def test_kill_9_of_the_workflow_goes_on_from_the_last_commit(
         await b.until(lambda: given(b, new_of_b) and Withdraw(job=job, tasks=[first_of_b]) in b.heard)
         killed.set()
         await b.until(lambda: Received(job=job, task=first_of_b) in b.heard)  # it was on its way
+        async with aclosing(federation.client().follow("logs", job=job, follow=True)) as events:
+            async for event in events:
+                if event["event"] == "update" and event["round"] == KILLED_AT:
+                    break  # what was kept has been taken
         over.set()
         assert (await federation.finished(job))["status"] == "completed"
         run = Run(federation.settings.state / "jobs" / job)

@@ -561,6 +561,42 @@ async def test_jobs_live_in_postgresql_and_blobs_in_an_object_store(
         assert_same(result_of(federation, job), simulated(recipe, tmp_path, ["a", "b"]))
 
 
+async def test_a_site_that_comes_back_is_not_asked_for_what_is_kept(
+    real_federation: Federates, recipe: FedAvgRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its update is still being read for the workflow, which was started again."""
+    second = TaskRef(1, 0)
+    async with real_federation() as federation, asyncio.timeout(60):
+        reading, go = asyncio.Event(), asyncio.Event()
+
+        async def wait(site: SmallSite, assignment: Assignment) -> bool:
+            if assignment.task == second:
+                await go.wait()
+            return True
+
+        quick, slow = await federation.site("a", recipe), await federation.site("b", recipe, hook=wait)
+        job = (await federation.submit(recipe))["job"]
+        await quick.until(lambda: Received(job=job, task=second) in quick.heard)
+        await slow.until(lambda: any(isinstance(m, Assignment) and m.task == second for m in slow.heard))
+        running, read = federation.service._active[job].running, federation.service.store.update
+        assert running is not None
+        assert running.pid is not None
+
+        async def read_late(*key: Any) -> Any:
+            reading.set()
+            await go.wait()
+            return await read(*key)
+
+        monkeypatch.setattr(federation.service.store, "update", read_late)
+        os.kill(running.pid, signal.SIGKILL)
+        await reading.wait()
+        await federation.disconnect(quick)
+        again = await federation.site("a", recipe)
+        go.set()
+        assert (await federation.finished(job))["status"] == "completed"
+        assert again.performed == [TaskRef(commit, 0) for commit in range(2, ROUNDS)]
+
+
 async def test_a_jobs_code_sees_no_keys_and_no_other_jobs_at_the_server(
     real_federation: Federates, recipe: FedAvgRecipe, load: Callable[[str], Any], tmp_path: Path
 ) -> None:

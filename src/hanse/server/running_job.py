@@ -174,7 +174,7 @@ class RunningJob:
         """The site is connected: the tasks that it owes an update."""
         assignments = []
         for task, out in self._open.items():
-            if site in out.waiting:
+            if self._owes(site, task, out):
                 if (timer := out.timers.pop(site, None)) is not None:
                     timer.cancel()
                 assignments.append(Assignment(job=self.id, task=task, payload=out.payload))
@@ -183,15 +183,19 @@ class RunningJob:
     def went(self, site: str) -> None:
         """The site's connection is gone. It has some time to come again."""
         for task, out in self._open.items():
-            if site in out.waiting:
+            if self._owes(site, task, out):
                 self._await_return(task, out, site)
 
     def left(self, site: str, why: Failure) -> None:
         """The site takes no more part, until it is `back`."""
         self._left[site] = why
         for task, out in self._open.items():
-            if site in out.waiting:
+            if self._owes(site, task, out):
                 self._fail(task, out, site, why)
+
+    def _owes(self, site: str, task: TaskRef, out: _Open) -> bool:
+        """Whether its update is neither here nor given up; what is kept may be on its way to the workflow."""
+        return site in out.waiting and UpdateKey(task, site) not in self._kept
 
     def back(self, site: str) -> None:
         """The site takes part."""
