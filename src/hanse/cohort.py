@@ -20,7 +20,7 @@ from hanse.aggregation.aggregator import Aggregator
 from hanse.errors import ConfigError, Failure, HanseError, TooFewUpdates, UpdateRejected
 from hanse.filters import Filter, Filters
 from hanse.filters import apply as apply_filters
-from hanse.messages.flmodel import FLModel
+from hanse.messages.flmodel import FLModel, bearing
 from hanse.messages.params import flatten, size_bytes
 from hanse.messages.task import TRAIN, Task
 from hanse.messages.update import Columns, Reduced, Update, Updates
@@ -411,9 +411,11 @@ class Cohort:
                 f"task {task.name!r} asks {len(sites)} sites, {len(ranks)} of them different: ask each site once, and at least one"
             )
         key = (self._job_id, self._journal.commits, self._asks)
-        if not self._by_roster and len(self.sites) > FEW_SITES:
-            ranks = {site: place for place, site in enumerate(sorted(ranks, key=ranks.__getitem__))}
-        groups = group_by_rank(ranks, len(self.sites) if self._by_roster else len(sites), single=single or len(self.sites) <= FEW_SITES)
+        total = len(self.sites)
+        single = single or total <= FEW_SITES
+        if not self._by_roster:
+            ranks, total = {site: place for place, site in enumerate(sorted(ranks, key=ranks.__getitem__))}, len(ranks)
+        groups = group_by_rank(ranks, total, single=single)
         return Ask(self._sent(task), key, groups, hurried, sized=self._clock is not None)
 
     def _sent(self, task: Task) -> Task:
@@ -433,10 +435,8 @@ class Cohort:
     def _note(self, tally: Tally, group: tuple[Update, ...] | Columns, task: Task) -> None:
         tally.count(group)
         if isinstance(group, Columns):
-            weight = group.meta.get("examples", group.meta.get("steps"))
-            self._event(
-                "updates", task, len(group), len(group), sites=group.sites, seconds=group.seconds, metrics=group.metrics, weight=weight
-            )
+            told = {"sites": group.sites, "seconds": group.seconds, "metrics": group.metrics, "weight": _weight(group.meta)}
+            self._event("updates", task, len(group), len(group), **told)
         else:
             for update in group:
                 self._record(update, task)
@@ -447,9 +447,7 @@ class Cohort:
             said = {"code": failure.code, "message": failure.message, "hint": failure.hint}
             self._event("failure", task, 0, 1, site=update.site, **said, **facts)
         else:
-            meta = update.model.meta
-            weight = meta.get("examples", meta.get("steps"))
-            metrics = dict(update.model.metrics)
+            metrics, weight = dict(update.model.metrics), _weight(update.model.meta)
             self._event("update", task, 1, 1, site=update.site, seconds=update.seconds, metrics=metrics, weight=weight, **facts)
         for record in update.records:
             self._journal.event(
@@ -463,6 +461,11 @@ class Cohort:
             counts = self._counts.setdefault(task.name, [0, 0])
             counts[0] += good
             counts[1] += asked
+
+
+def _weight(meta: Mapping[str, Any]) -> Any:
+    """What events tell as the weight: of an update a number, of columns one for each; None if there is none."""
+    return meta.get("examples", meta.get("steps"))
 
 
 @cache
@@ -527,7 +530,7 @@ def fold_group(
         update = admit(arrived, task, filters, seed)
         if update.failure is None and size_bytes(update.model.params) <= HELD_BYTES:
             held.append(len(light))
-            light.append(replace(update, model=_with(update.model, _copied(update.model.params))))
+            light.append(replace(update, model=bearing(update.model, _copied(update.model.params))))
         else:
             light.append(_add(update, total))
             rejected |= total.fold()
@@ -557,12 +560,7 @@ def _add(update: Update, total: Aggregator) -> Update:
             total.add(update)
         except UpdateRejected as error:
             failure = Failure.of(error)
-    return replace(update, model=FLModel() if failure else _with(update.model, None), failure=failure)
-
-
-def _with(model: FLModel, params: Any) -> FLModel:
-    """The model with these, and without the server optimizer's; `replace` takes four times as long."""
-    return FLModel(params, model.params_type, {}, model.metrics, model.start_round, model.current_round, model.total_rounds, model.meta)
+    return replace(update, model=FLModel() if failure else bearing(update.model, None), failure=failure)
 
 
 def _copied(params: Any) -> Any:

@@ -133,18 +133,20 @@ def open_beneath(folder: Path, name: str | Path, flags: int = os.O_RDONLY) -> in
 
 def files_beneath(folder: Path) -> Iterator[str]:
     """The names of the plain files below a folder that a job's code can write, relative to it; links are passed over."""
-    for way, _, names, at in os.fwalk(folder):
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                if stat.S_ISREG(os.stat(name, dir_fd=at, follow_symlinks=False).st_mode):
-                    yield os.path.relpath(os.path.join(way, name), folder)
+    return (os.path.relpath(path, folder) for path, _, mode in _beneath(folder) if stat.S_ISREG(mode))
 
 
 def remove_links(folder: Path) -> None:
     """Remove whatever below the folder is neither a plain file nor a folder: what a job's code, now ended, may have left there."""
-    for _, folders, names, at in os.fwalk(folder):
+    for path, at, mode in _beneath(folder):
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.basename(path), dir_fd=at)
+
+
+def _beneath(folder: Path) -> Iterator[tuple[str, int, int]]:
+    """All that is below the folder, where no link is followed: its path, a descriptor of the folder that it is in, and its mode."""
+    for way, folders, names, at in os.fwalk(folder):
         for name in (*folders, *names):
             with contextlib.suppress(FileNotFoundError):
-                mode = os.stat(name, dir_fd=at, follow_symlinks=False).st_mode
-                if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-                    os.unlink(name, dir_fd=at)
+                yield os.path.join(way, name), at, os.stat(name, dir_fd=at, follow_symlinks=False).st_mode

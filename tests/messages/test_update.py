@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from hanse.errors import Failure
 from hanse.messages.flmodel import FLModel
 from hanse.messages.task import TaskId
-from hanse.messages.update import Columns, Update, Updates
+from hanse.messages.update import Columns, Record, Update, Updates
 
 COLUMNS = Columns(["a", "b"], ("job", 1, 2), [0.5, 0.25], {"loss": [1.0, 2.0]}, {"examples": [3, 4]})
 ROWS = [
@@ -21,6 +23,14 @@ def test_columns_are_updates() -> None:
     assert len(COLUMNS) == 2
     assert list(COLUMNS) == ROWS
     assert COLUMNS.row(1) == ROWS[1]
+
+
+def test_updates_become_columns_if_they_tell_the_same() -> None:
+    assert Columns.of(ROWS) == COLUMNS
+    other = Update("d", TaskId("job", 1, 2, "d"), FLModel(metrics={"accuracy": 1.0}, meta={"examples": 3}))
+    weightless = Update("d", TaskId("job", 1, 2, "d"), FLModel(metrics={"loss": 1.0}))
+    noted = replace(ROWS[0], records=(Record("loss", 1.0),))
+    assert [Columns.of([ROWS[0], last]) for last in (FAILED, other, weightless, noted)] == [None] * 4
 
 
 def test_parts_are_one_sequence() -> None:

@@ -51,3 +51,9 @@ class FLModel:
                 setattr(self, name, {})
             elif type(value) is not dict and name != "optimizer_params" and not isinstance(value, Mapping):
                 raise ConfigError(f"{name} is a {type(value).__name__}: it must be a mapping of names")
+
+
+def bearing(model: FLModel, params: Any, *, metrics: Mapping[str, float] | None = None, meta: Mapping[str, Any] | None = None) -> FLModel:
+    """The model with these in place of its own, and without the server optimizer's; `replace` takes four times as long."""
+    metrics, meta = model.metrics if metrics is None else metrics, model.meta if meta is None else meta
+    return FLModel(params, model.params_type, {}, metrics, model.start_round, model.current_round, model.total_rounds, meta)

@@ -59,17 +59,15 @@ class Columns:
 
     @classmethod
     def of(cls, updates: Sequence[Update]) -> Self | None:
-        """Updates without parameters as columns; None if one has failed, brought records, or tells other things than the first."""
+        """Updates of one task as columns; None if one has failed, brought records, or tells other things than the first."""
         first = updates[0]
-        metrics, meta, key = first.model.metrics.keys(), first.model.meta.keys(), first.task_id[:3]
+        metrics, meta = first.model.metrics.keys(), first.model.meta.keys()
         for update in updates:
-            model = update.model
-            alike = model.metrics.keys() == metrics and model.meta.keys() == meta and update.task_id[:3] == key
-            if update.failure is not None or update.records or not alike:
+            if update.failure or update.records or update.model.metrics.keys() != metrics or update.model.meta.keys() != meta:
                 return None
         return cls(
             [update.site for update in updates],
-            key,
+            first.task_id[:3],
             [update.seconds for update in updates],
             {name: [update.model.metrics[name] for update in updates] for name in metrics},
             {name: [update.model.meta[name] for update in updates] for name in meta},

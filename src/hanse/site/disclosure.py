@@ -80,11 +80,7 @@ def disclosed(rules: Disclosure, task: Task, update: Update, *, rng: Callable[[]
 
 
 def _describe(rules: Disclosure, model: FLModel, rng: Rng) -> dict[str, Any]:
-    params: dict[str, Any] = {}
-    for name, said in _columns(model):
-        if (withheld := _withheld(said)) is not None:
-            params[name] = withheld
-            continue
+    def column(name: str, said: Mapping[str, Any]) -> dict[str, Array]:
         _only(said, "moments", "extremes", "range")
         if "extremes" in said and not rules.extremes:
             raise PolicyRefused(f"the extremes of {name!r:.200} may not leave this site", clause="statistics.extremes")
@@ -93,25 +89,24 @@ def _describe(rules: Disclosure, model: FLModel, rng: Rng) -> dict[str, Any]:
         _enough(rules, [missing] if missing else [], f"the missing values of column {name!r:.200}")
         noisy = rules.noisy(Moments(int(count), int(missing), total, m2), rng)
         missing = noisy.missing if noisy.missing >= rules.min_count else 0
-        params[name] = {"moments": np.array([noisy.count, missing, noisy.total, noisy.m2])}
+        shown = {"moments": np.array([noisy.count, missing, noisy.total, noisy.m2])}
         for ends in ("extremes", "range"):
             if ends in said:
                 low, high = _floats(said[ends], (2,)).tolist()
-                params[name][ends] = np.array(rules.widened(low, high, rng))
-    return params
+                shown[ends] = np.array(rules.widened(low, high, rng))
+        return shown
+
+    return _by_column(model, column)
 
 
 def _histogram(rules: Disclosure, model: FLModel, rng: Rng) -> dict[str, Any]:
-    params: dict[str, Any] = {}
-    for name, said in _columns(model):
-        if (withheld := _withheld(said)) is not None:
-            params[name] = withheld
-            continue
+    def column(name: str, said: Mapping[str, Any]) -> dict[str, Array]:
         _only(said, "histogram")
         cells = _floats(said["histogram"], (None,))
         _enough(rules, cells[cells != 0], f"a cell of the histogram of {name!r:.200}")
-        params[name] = {"histogram": rules.shown(cells.astype(np.int64), rng)}
-    return params
+        return {"histogram": rules.shown(cells.astype(np.int64), rng)}
+
+    return _by_column(model, column)
 
 
 def _propose(rules: Disclosure, model: FLModel, rng: Rng) -> dict[str, Any]:
@@ -148,17 +143,19 @@ _READERS: Mapping[str, tuple[Callable[[Disclosure, FLModel, Rng], dict[str, Any]
 """What reads the params of each task's answer, and which metrics come with them."""
 
 
-def _columns(model: FLModel) -> list[tuple[str, Mapping[str, Any]]]:
-    return [] if model.params is None else list(model.params.items())
+def _by_column(model: FLModel, read: Callable[[str, Mapping[str, Any]], dict[str, Array]]) -> dict[str, Any]:
+    """What `read` makes of each column; one that is withheld stays so."""
+    said = {} if model.params is None else model.params
+    return {name: {"withheld": np.array(True)} if _is_withheld(column) else read(name, column) for name, column in said.items()}
 
 
-def _withheld(said: Mapping[str, Any]) -> dict[str, Array] | None:
-    """What is said of a column that is withheld, made anew; None if it is not."""
+def _is_withheld(said: Mapping[str, Any]) -> bool:
+    """Whether that is all that is said of a column. Raises ValueError if the flag holds more than one bit."""
     if said.keys() != {"withheld"}:
-        return None
+        return False
     if np.shape(said["withheld"]) != ():
         raise ValueError("more than one flag")
-    return {"withheld": np.array(True)}
+    return True
 
 
 def _clusters(model: FLModel) -> tuple[Array, Array]:
