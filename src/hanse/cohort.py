@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from hanse.aggregation.aggregator import Aggregator
+from hanse.aggregation.aggregator import Aggregator, check_enough
 from hanse.errors import ConfigError, Failure, HanseError, TooFewUpdates, UpdateRejected
 from hanse.filters import Filter, Filters
 from hanse.filters import apply as apply_filters
@@ -207,8 +207,7 @@ class Cohort:
         """
         hurried = within_s is not None or grace_s is not None
         ask = self._prepare(task, of, single=hurried, hurried=hurried)
-        if len(ask.sites) < (needs := getattr(aggregator, "needs", 1)):
-            raise ConfigError(f"{type(aggregator).__name__} needs at least {needs} updates a round, {len(ask.sites)} sites are asked.")
+        check_enough(aggregator, len(ask.sites))
         tally = Tally(ask.sites, min_updates)
         total = aggregator.fresh(measure(task.model, ask.task.model))
         waiting: dict[int, Folded] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol, Self
 
-from hanse.errors import UpdateRejected
+from hanse.errors import ConfigError, UpdateRejected
 from hanse.messages.flmodel import FLModel
 from hanse.messages.update import Update
 
@@ -51,3 +51,9 @@ class Aggregator(Protocol):
 
         Raises UpdateRejected if something was added but not folded, and folding it leaves it out.
         """
+
+
+def check_enough(aggregator: Aggregator | None, asked: int) -> None:
+    """Raises ConfigError if a round asks fewer sites than the aggregator needs."""
+    if asked < (needs := getattr(aggregator, "needs", 1)):
+        raise ConfigError(f"{type(aggregator).__name__} needs at least {needs} updates a round, {asked} sites are asked.")

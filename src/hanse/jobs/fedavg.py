@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
-from hanse.aggregation.aggregator import Aggregator
+from hanse.aggregation.aggregator import Aggregator, check_enough
 from hanse.aggregation.mean import WeightedMean
 from hanse.aggregation.server_optimizer import Adam, ServerOptimizer
 from hanse.errors import ConfigError
@@ -58,9 +58,7 @@ class FedAvgRecipe(Recipe):
 
     def check_sites(self, count: int) -> None:
         super().check_sites(count)
-        asked, needs = self.sites_per_round or count, getattr(self.aggregator, "needs", 1)
-        if asked < needs:
-            raise ConfigError(f"{type(self.aggregator).__name__} needs at least {needs} updates a round, {asked} sites are asked.")
+        check_enough(self.aggregator, self.sites_per_round or count)
         candidates = getattr(self.selection, "candidates", 0)
         if candidates > count:
             raise ConfigError(f"recipe {self.name!r} selects from candidates={candidates}, and the number of sites is {count}")
